@@ -1,0 +1,56 @@
+# Each target makes what it needs: the virtual environment in .venv, with the pinned versions of constraints.txt.
+# Another interpreter: make test PYTHON=python3.12. Other arguments for pytest: make test ARGS="-k scheduler -x".
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two pytest workers with one torch thread each beat one worker with two threads: these networks are tiny.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help sample test test-slow lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+sample: $(VENV)/base.stamp  ## draw a grid of digits with the shipped weights: samples.png
+	$(BIN)/mini-ddpm sample $(ARGS)
+
+test: $(VENV)/dev.stamp  ## run the tests (minutes)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/dev.stamp  ## run the slow tests too (many minutes)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp  ## let ruff repair and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and the caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: the packages after it then find it there, and none of them can pull another build.
+$(VENV)/torch.stamp: constraints.txt | $(BIN)/python
+	@echo "installing torch into $(VENV) ..."
+	$(PIP_INSTALL) torch
+	@touch $@
+
+$(VENV)/base.stamp: pyproject.toml $(VENV)/torch.stamp
+	@echo "installing mini-ddpm and what it needs into $(VENV) ..."
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
+	@echo "installing mini-ddpm with everything its tests need into $(VENV) ..."
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $@ $(VENV)/base.stamp

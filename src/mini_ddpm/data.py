@@ -1,0 +1,173 @@
+"""Images for training: a Hub dataset, a folder in a Hub dataset's layout, or a folder of pictures.
+
+`datasets` finds and opens them; this module finds the columns, checks every picture and turns it into a tensor.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
+
+    Unlabelled datasets have no `"class_labels"`. Made by [`image_dataset`].
+
+    Attributes:
+        shape: (C, H, W) of every picture; C is 1 for grey and 3 for colour.
+        id2label: Class names by index, or `None` where there are no labels.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, image_column: str, label_column: str | None, resolution: int | None
+    ) -> None:
+        self._rows = rows
+        self._image_column = image_column
+        self._resolution = resolution
+        self._mode: str | None = None
+        self._mode = "L" if self._decode(0).mode in ("1", "L", "I", "I;16", "F", "LA") else "RGB"
+        self.shape: tuple[int, int, int] = self.pixels(0).shape  # type: ignore[assignment]
+        self.id2label: dict[int, str] | None = None
+        self._labels: list[int] | None = None
+        if label_column is not None:
+            self._labels = list(rows[label_column])
+            if not all(isinstance(label, int) and label >= 0 for label in self._labels):
+                raise ValueError(f"Label column {label_column!r} must hold class indices from 0 for every image.")
+            names = getattr(rows.features[label_column], "names", None)
+            self.id2label = dict(enumerate(names or map(str, range(max(self._labels) + 1))))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"images": to_model_range(torch.from_numpy(self.pixels(index)))}
+        if self._labels is not None:
+            item["class_labels"] = self._labels[index]
+        return item
+
+    def pixels(self, index: int) -> np.ndarray[Any, Any]:
+        """Decode one picture to uint8, (C, H, W) in [0, 255].
+
+        Raises:
+            ValueError: The picture cannot be decoded or differs in size from the first; the message names it.
+        """
+        image = self._decode(index)
+        if self._resolution is not None:
+            from PIL import ImageOps
+
+            image = ImageOps.fit(image, (self._resolution, self._resolution))
+        pixels = np.asarray(image)
+        pixels = np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))  # (C, H, W)
+        shape = getattr(self, "shape", pixels.shape)
+        if pixels.shape != shape:
+            raise ValueError(
+                f"Image {self._name(index)} is {pixels.shape[2]}x{pixels.shape[1]} pixels but the first is "
+                f"{shape[2]}x{shape[1]}: the images must have one size. Pass --resolution to crop and resize them."
+            )
+        return pixels
+
+    def stack(self, progress: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Decode the whole dataset into memory.
+
+        Args:
+            progress: Whether to show a progress bar.
+
+        Returns:
+            Images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None` where there are none.
+
+        Raises:
+            ValueError: As [`ImageDataset.pixels`].
+        """
+        images = np.empty((len(self), *self.shape), dtype=np.uint8)
+        for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
+            images[index] = self.pixels(index)
+        return torch.from_numpy(images), torch.tensor(self._labels) if self._labels is not None else None
+
+    def _decode(self, index: int) -> Image.Image:
+        from PIL import Image
+
+        record = self._rows[index][self._image_column]
+        try:
+            image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
+            return image.convert(self._mode) if self._mode is not None else image.copy()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Image {self._name(index)} cannot be decoded ({error}). Remove or replace it.") from error
+
+    def _name(self, index: int) -> str:
+        path = self._rows[index][self._image_column]["path"]
+        return f"{path!r} (number {index})" if path else f"number {index}"
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """Scale uint8 images in [0, 255] to float32 in [-1, 1], any shape."""
+    return images.float() / 127.5 - 1
+
+
+def image_dataset(
+    name: str | Path,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resolution: int | None = None,
+) -> ImageDataset:
+    """Open the images to train on.
+
+    Args:
+        name: A Hub id such as "ylecun/mnist", a local folder in a Hub dataset's layout, or a folder of pictures; with
+            one sub-folder per class the folder names are the class names.
+        split: Which split.
+        image_column: The column of pictures; found by its type if not given.
+        label_column: The column of class indices; found by its type or name ("label", "labels") if not given.
+        resolution: Crop to the centre square and resize to this many pixels. By default pictures are taken as they
+            are, and must all have one size.
+
+    Raises:
+        ValueError: There is no such dataset, split or column, it holds no images, or the first picture is corrupt.
+    """
+    import datasets
+
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution={resolution} must be a positive number of pixels.")
+    looks_local = Path(name).is_absolute() or str(name).startswith((".", "~")) or Path(name).exists()
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ValueError(f"{name} is no folder of images.")
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(str(folder) if looks_local else str(name), split=split)
+    except Exception as error:  # `datasets` raises a dozen unrelated types here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"Cannot open dataset {str(name)!r}, split {split!r}: {reason}") from error
+    finally:
+        datasets.enable_progress_bars()
+
+    columns = ", ".join(rows.column_names)
+    for column in (image_column, label_column):
+        if column is not None and column not in rows.column_names:
+            raise ValueError(f"Dataset {str(name)!r} has no column {column!r}; it has {columns}.")
+    if image_column is None:
+        pictures = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if not pictures:
+            raise ValueError(f"Dataset {str(name)!r} holds no images; its columns are {columns}. Pass --image-column.")
+        image_column = pictures[0]
+    if len(rows) == 0:
+        raise ValueError(f"Dataset {str(name)!r}, split {split!r}, holds no images.")
+    if label_column is None:
+        classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+        label_column = next((key for key in (*classes, "label", "labels") if key in rows.column_names), None)
+    try:
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    except Exception as error:
+        raise ValueError(f"Column {image_column!r} of {str(name)!r} holds no images.") from error
+    return ImageDataset(rows, image_column, label_column, resolution)

@@ -1,0 +1,423 @@
+"""Images of asked-for classes from noise: the sampling loop with class labels and classifier-free guidance.
+
+The file is self-contained. Saved pipelines carry a copy of it, which `DiffusionPipeline.from_pretrained(...,
+trust_remote_code=True)` runs where this package is not installed. The functions that the unconditional pipeline
+needs as well are therefore written out in both files, word for word; a test compares them.
+"""
+
+import hashlib
+import inspect
+import json
+import numbers
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+# A portable module's name: in the package `unet_mini`, in a saved pipeline `unet_mini_0a1b2c3d`.
+PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class MiniDDPMPipelineOutput(BaseOutput):  # type: ignore[misc]
+    """What a pipeline call returns.
+
+    Attributes:
+        images: B images: a list of `PIL.Image` ("pil"), an array (B, H, W, C) in [0, 1] ("np"), a tensor (B, C, H, W)
+            in [0, 1] ("pt"), or the sample x_0 itself, (B, C, H, W), about [-1, 1] and not clamped ("latent").
+        latents_trajectory: With `return_trajectory=True`, x_T ... x_0 as the scheduler scales them,
+            (steps + 1, B, C, H, W). Schedulers that evaluate the network more than once a step count each time.
+        pred_original_samples: With `return_trajectory=True`, the x_0 predicted at each step, (steps, B, C, H, W):
+            the scheduler's own, clipped if it clips, or derived from the network's output, not clipped, if the
+            scheduler returns none.
+    """
+
+    images: list[Any] | np.ndarray[Any, Any] | torch.Tensor
+    latents_trajectory: torch.Tensor | None = None
+    pred_original_samples: torch.Tensor | None = None
+
+
+class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Class-conditional image generation with [classifier-free guidance](https://arxiv.org/abs/2207.12598).
+
+    Args:
+        unet: The network, `MiniUNet2DModel` or any that is called and configured like `UNet2DModel`, with
+            `num_class_embeds` labels, of which the last is the null label: "no class". One that learned the variance
+            too (`out_channels = 2 * in_channels`) works with every scheduler.
+        scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
+        id2label: The classes' names by label. JSON's string keys are accepted for integers.
+
+    Example:
+        >>> from mini_ddpm import MiniDDPMClassConditionalPipeline, PRETRAINED
+        >>> pipe = MiniDDPMClassConditionalPipeline.from_pretrained(PRETRAINED / "mnist-class-conditional")
+        >>> images = pipe([3, 1, 4], num_inference_steps=20).images
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents", "class_labels"]
+
+    # Set by each call; the defaults let the properties be read before the first one.
+    _num_timesteps = 0
+    _interrupt = False
+    _guidance_scale = 1.0
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[Any, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if id2label is not None:
+            id2label = {int(label): str(name) for label, name in id2label.items()}
+        self.register_to_config(id2label=id2label)
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale in force; read anew at each step, so that a callback may set `pipe._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the next step is guided: `guidance_scale > 1`."""
+        return self._guidance_scale > 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        guidance_scale: float = 1.5,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_trajectory: bool = False,
+    ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
+        """Draws one image for each label.
+
+        Args:
+            class_labels: The classes to draw: a label, a name out of `id2label`, a list of those, or an integer tensor
+                (B,). Labels are 0 to `num_class_embeds - 2`; the last, `num_class_embeds - 1`, asks for no class.
+            guidance_scale: s in uncond + s·(cond - uncond); active above 1, where a step costs twice as much.
+            num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`.
+            eta: DDIM's η: 0 is deterministic, 1 has DDPM's noise. Ignored by schedulers whose step has no η.
+            generator: Makes the result repeatable. With a list of B generators each image depends on its own
+                generator alone, so that the same seed gives the same image however the batch is split.
+            latents: The noise to start from, (B, C, H, W), standard normal; drawn with `generator` if None.
+            height: Height H in pixels; by default the network's `sample_size`.
+            width: Width W in pixels; by default the network's `sample_size`.
+            output_type: "pil", "np", "pt" or "latent", see [`MiniDDPMPipelineOutput`].
+            return_dict: Whether to return an output object instead of a tuple.
+            callback_on_step_end: Called after each step as `callback(pipe, step, timestep, tensors)`; what it returns
+                replaces the tensors of those names. Setting `pipe._interrupt = True` ends the loop.
+            callback_on_step_end_tensor_inputs: Which tensors it is given, out of `pipe._callback_tensor_inputs`.
+            return_trajectory: Whether to return x_t and the predicted x_0 of each step too.
+
+        Returns:
+            [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not None.
+
+        Raises:
+            ValueError: An argument is out of its range, a label is unknown, the network takes no labels, or the
+                scheduler belongs to another process.
+            TypeError: A label is neither an integer nor a name.
+        """
+        labels = self.get_label_ids(class_labels)
+        if not isinstance(guidance_scale, numbers.Real) or not np.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
+        self._guidance_scale = guidance_scale
+        batch_size = len(labels)
+        self._check_inputs(
+            batch_size, num_inference_steps, height, width, generator, output_type, callback_on_step_end_tensor_inputs
+        )
+        latents = self._prepare_latents(batch_size, height, width, generator, latents)
+        return self._denoise(
+            latents,
+            {"class_labels": torch.tensor(labels, device=latents.device)},
+            num_inference_steps,
+            eta,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            return_trajectory,
+        )
+
+    def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        """Returns the labels as integers, one for each image, after the checks that `__call__` describes."""
+        count = self.unet.config.get("num_class_embeds")
+        if count is None:
+            raise ValueError(
+                "This network takes no class labels (its `num_class_embeds` is None); use MiniDDPMPipeline for it."
+            )
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        if isinstance(class_labels, (str, numbers.Number)):
+            class_labels = [class_labels]  # type: ignore[list-item]
+        if not isinstance(class_labels, Sequence) or not class_labels:
+            raise ValueError(f"`class_labels` must be a label, a name or a list of them, but is {class_labels!r}.")
+
+        names = {name: label for label, name in (self.config.id2label or {}).items()}
+        labels = []
+        for given in class_labels:
+            if isinstance(given, str) and given not in names:
+                known = f"one of {', '.join(names)}" if names else "an integer, since the pipeline has no `id2label`"
+                raise ValueError(f"Unknown class label {given!r}; it must be {known}.")
+            label = names[given] if isinstance(given, str) else given
+            if isinstance(label, bool) or not isinstance(label, numbers.Integral):
+                raise TypeError(f"A class label must be an integer or a name, but one is {given!r}.")
+            if not 0 <= label < count:
+                raise ValueError(
+                    f"Class label {given!r} is out of range; it must be 0 to {count - 2}, or {count - 1} for no class."
+                )
+            labels.append(int(label))
+        return labels
+
+    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Returns the network's guided output for x_t, in x_t's dtype, (B, C or 2C, H, W).
+
+        Guidance extrapolates the prediction only; a learned variance is taken from the conditional half as it is.
+        """
+        inputs = sample.to(self.unet.dtype)
+        output: torch.Tensor
+        if not self.do_classifier_free_guidance:
+            output = self.unet(inputs, timestep, class_labels=class_labels).sample
+            return output.to(sample.dtype)
+        null_labels = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
+        labels = torch.cat([class_labels, null_labels])
+        output = self.unet(torch.cat([inputs, inputs]), timestep, class_labels=labels).sample  # (2B, C or 2C, H, W)
+        cond, uncond = output.to(sample.dtype).chunk(2)
+        channels = sample.shape[1]
+        guided = uncond[:, :channels] + self.guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat([guided, cond[:, channels:]], dim=1)
+
+    # ---- From here to the end word for word in both pipelines ----------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of network evaluations in the latest call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked the running call to stop, by `pipe._interrupt = True`."""
+        return self._interrupt
+
+    def _check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises a `ValueError` of one line for the first argument that cannot be used."""
+        if getattr(self.scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot drive this pipeline: it has no `alphas_cumprod`. EDM and"
+                " flow-matching schedulers scale a network's input and output in another way than a network trained as"
+                " a DDPM has learned. Use DDPM, DDIM or another of `pipe.scheduler.compatibles` that has it."
+            )
+        counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
+        counts |= {name: n for name, n in (("height", height), ("width", width)) if n is not None}
+        for name, n in counts.items():
+            if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, but is {n!r}.")
+        limit = self.scheduler.config.num_train_timesteps
+        if num_inference_steps > limit:
+            raise ValueError(
+                f"`num_inference_steps` must be at most {limit}, the scheduler's `num_train_timesteps`,"
+                f" but is {num_inference_steps}."
+            )
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images; give one each.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"`callback_on_step_end_tensor_inputs` must be out of {allowed}, but has {name!r}.")
+
+    def _prepare_latents(
+        self,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Returns standard normal noise, (B, C, H, W), drawn or checked, on the execution device.
+
+        x_t is kept in float32 also where the network runs in half precision: its rounding would add up over the steps
+        to a visible background, and the same seed would not give the same noise in every dtype.
+        """
+        config = self.unet.config
+        if latents is None:
+            size = config.sample_size
+            if size is None and (height is None or width is None):
+                raise ValueError("The network has no `sample_size`; pass `height` and `width`.")
+            default_height, default_width = size if isinstance(size, (list, tuple)) else (size, size)
+            shape = (
+                batch_size,
+                config.in_channels,
+                default_height if height is None else height,
+                default_width if width is None else width,
+            )
+        else:
+            rows, columns = latents.shape[-2:] if latents.ndim == 4 else ("H", "W")
+            shape = (
+                batch_size,
+                config.in_channels,
+                rows if height is None else height,
+                columns if width is None else width,
+            )
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` must have the shape {shape}, but has {tuple(latents.shape)}.")
+        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+        if latents is not None:
+            return latents.to(device=self._execution_device, dtype=dtype)
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+        return noise
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        tensors: dict[str, Any],
+        num_inference_steps: int,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        callback: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None,
+        tensor_inputs: Sequence[str],
+        return_trajectory: bool,
+    ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
+        """Runs the loop x_T -> x_0 from noise (B, C, H, W); `tensors` are what `_predict` takes besides x_t and t."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        latents = latents * scheduler.init_noise_sigma
+        channels = latents.shape[1]
+
+        # Each scheduler's step takes what it needs and raises on the rest.
+        accepted = inspect.signature(scheduler.step).parameters
+        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
+        # A learned variance comes in channels C..2C. Only DDPM's step uses it, if configured to; the others get the
+        # prediction alone. The key in the config proves nothing: it stays there through `from_config`.
+        takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range") and (
+            "predicted_variance" in inspect.signature(getattr(scheduler, "_get_variance", len)).parameters
+        )
+
+        self._interrupt = False
+        self._num_timesteps = len(scheduler.timesteps)
+        trajectory, predictions = [latents], []
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                model_output = self._predict(scheduler.scale_model_input(latents, t), t, **tensors)
+                prediction = model_output[:, :channels]  # (B, C, H, W)
+                output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)
+                if return_trajectory:
+                    pred_original_sample = output.get("pred_original_sample")
+                    if pred_original_sample is None:
+                        pred_original_sample = self._pred_original_sample(prediction, i, t, latents)
+                    predictions.append(pred_original_sample)
+                latents = output.prev_sample
+
+                if callback is not None:
+                    state = {"latents": latents, **tensors}
+                    changed = callback(self, i, t, {name: state[name] for name in tensor_inputs}) or {}
+                    latents = changed.get("latents", latents)
+                    tensors = {name: changed.get(name, tensor) for name, tensor in tensors.items()}
+                if return_trajectory:
+                    trajectory.append(latents)
+                progress_bar.update()
+
+        images: Any = latents
+        if output_type != "latent":
+            images = (latents / 2 + 0.5).clamp(0, 1).float()
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+
+        result = MiniDDPMPipelineOutput(images=images)
+        if return_trajectory:
+            result = MiniDDPMPipelineOutput(images, torch.stack(trajectory), torch.stack(predictions))
+        return result if return_dict else result.to_tuple()
+
+    def _pred_original_sample(self, prediction: torch.Tensor, i: int, t: torch.Tensor, sample: torch.Tensor) -> Any:
+        """Returns x_0 from x_t = α x_0 + σ ε for a scheduler whose step does not (PNDM, DPM-Solver++, UniPC, DEIS)."""
+        scheduler = self.scheduler
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # its grid need not be one of whole timesteps
+            alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
+        else:
+            alpha_squared = scheduler.alphas_cumprod.to(t.device)[t]
+            alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+        if scheduler.config.prediction_type == "epsilon":
+            return (sample - sigma * prediction) / alpha
+        if scheduler.config.prediction_type == "v_prediction":
+            return alpha * sample - sigma * prediction
+        return prediction
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Makes a pipeline of this class out of another one's parts, without a copy of the weights."""
+        # The host takes a model over only if its very class is in the signature, where ours has the base class, and
+        # casts the shared weights to float32 unless told not to.
+        kwargs = {"unet": pipeline.unet, **kwargs}
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Writes `model_index.json`, and beside it the source files that make the folder loadable by anyone.
+
+        Every way to save or push a pipeline comes through here, after its parts are saved and before an upload. For
+        the pipeline and each part that is defined in a portable module, the module's file is copied into the folder
+        and named in the index as `[file stem, class name]`: the host's form for code that comes with the weights.
+
+        The host runs all such files under one package, and a later file replaces an earlier one of the same name, also
+        for models that are in use. So a file's name ends in a hash of its content, made anew here: two versions never
+        collide, and saving what was itself loaded from such a file gives the same name again.
+        """
+        folder = Path(json_file_path).parent
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)  # where this machine found it is nobody's business
+        for key, part in {"_class_name": self, **self.components}.items():
+            cls = type(getattr(part, "_orig_mod", part))  # `torch.compile` wraps
+            portable = PORTABLE_MODULE.fullmatch(cls.__module__.rpartition(".")[2])
+            if portable is None:
+                continue
+            source = Path(inspect.getfile(cls)).read_bytes()
+            stem = f"{portable[1]}_{hashlib.sha256(source).hexdigest()[:8]}"
+            target = folder if key == "_class_name" else folder / key
+            target.mkdir(parents=True, exist_ok=True)
+            for old in target.glob("*.py"):
+                match = PORTABLE_MODULE.fullmatch(old.stem)
+                if match is not None and match[2] is not None:
+                    old.unlink()
+            (target / f"{stem}.py").write_bytes(source)
+            index[key] = [stem, cls.__name__]
+        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,199 @@
+"""Pictures of samples and of the process that makes them, drawn with Pillow alone.
+
+A grid of samples, a film of the denoising (x_t beside the predicted x_0), a strip of the forward process q(x_t | x_0).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["denoising_film", "noising_strip", "sample_grid", "save_film"]
+
+_PAPER, _INK = (255, 255, 255), (64, 64, 64)
+_GAP = 2  # pixels of paper between two tiles
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def _tiles(images: Sequence[Image.Image] | npt.NDArray[Any], scale: int) -> UInt8Array:
+    """Bring images to one array (B, H·scale, W·scale, 3) of RGB bytes, enlarged without smoothing."""
+    if len(images) == 0:
+        raise ValueError("there are no images to draw")
+    array = np.stack([np.asarray(image) for image in images])
+    if array.dtype != np.uint8:
+        raise ValueError(f"images must be PIL images or uint8 arrays, not {array.dtype}")
+    if array.ndim == 3:
+        array = array[..., None]  # (B, H, W, 1)
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise ValueError(f"images must be grey or RGB, (B, H, W, 1) or (B, H, W, 3), not {tuple(array.shape)}")
+    array = np.broadcast_to(array, (*array.shape[:3], 3))
+    return array.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _to_uint8(images: torch.Tensor) -> UInt8Array:
+    """Map images (B, C, H, W) in [-1, 1] to bytes (B, H, W, C); what lies outside the range is clipped."""
+    images = (images.detach().float().cpu().permute(0, 2, 3, 1) + 1) * 127.5
+    result: UInt8Array = images.clamp(0, 255).round().to(torch.uint8).numpy()
+    return result
+
+
+def _columns(count: int, columns: int | None) -> int:
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
+    return min(count, columns or math.ceil(math.sqrt(count)))
+
+
+def sample_grid(
+    images: Sequence[Image.Image] | npt.NDArray[Any],
+    labels: Sequence[object] | None = None,
+    *,
+    columns: int | None = None,
+    scale: int = 2,
+) -> Image.Image:
+    """Draw images as a grid, row by row, each below its label.
+
+    Where all images of a column bear the same label it is written once, at the head of the column.
+
+    Args:
+        images: PIL images of one size, as a pipeline returns them, or bytes of shape (B, H, W, C), C = 1 or 3.
+        labels: One per image; anything `str` can print.
+        columns: Images in a row; by default the grid is about square.
+        scale: Side of the square of pixels that stands for one pixel.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: No images, other channel counts than 1 and 3, or another number of labels than of images.
+    """
+    tiles = _tiles(images, scale)
+    count, height, width, _ = tiles.shape
+    columns = _columns(count, columns)
+    rows = math.ceil(count / columns)
+    texts = None if labels is None else [str(label) for label in labels]
+    if texts is not None and len(texts) != count:
+        raise ValueError(f"there are {len(texts)} labels for {count} images")
+    once = texts is not None and all(text == texts[i % columns] for i, text in enumerate(texts))
+
+    font = ImageFont.load_default(size=max(10, min(20, height // 3)))
+    caption = 0 if texts is None else math.ceil(font.getbbox("Ag")[3]) + _GAP
+    # a long name widens its column, so that it is not written over its neighbour
+    cell = max([width] + [math.ceil(font.getlength(text)) + _GAP for text in texts or ()])
+    heads = caption if once else caption * rows
+    size = (_GAP + columns * (cell + _GAP), _GAP + rows * (height + _GAP) + heads)
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        left = _GAP + column * (cell + _GAP)
+        top = _GAP + row * (height + _GAP) + (caption if once else caption * (row + 1))
+        page.paste(Image.fromarray(tile), (left + (cell - width) // 2, top))
+        if texts is not None and (row == 0 or not once):
+            draw.text((left + cell / 2, top - _GAP), texts[i], fill=_INK, font=font, anchor="md")
+    return page
+
+
+def denoising_film(
+    latents_trajectory: torch.Tensor,
+    pred_original_samples: torch.Tensor | None = None,
+    *,
+    columns: int | None = None,
+    scale: int = 2,
+) -> list[Image.Image]:
+    """Draw the denoising as a film: one frame per x_t, from noise to sample, beside it the x_0 predicted from it.
+
+    Args:
+        latents_trajectory: x_t of shape (steps + 1, B, C, H, W) in [-1, 1], as a pipeline returns it for
+            `return_trajectory=True`.
+        pred_original_samples: Predicted x_0 of shape (steps, B, C, H, W); the last is shown beside the result as well.
+        columns: Images in a row of either half; by default each half is about square.
+        scale: Side of the square of pixels that stands for one pixel.
+
+    Returns:
+        `steps + 1` RGB images of one size.
+
+    Raises:
+        ValueError: The two trajectories do not belong together.
+    """
+    steps = len(latents_trajectory) - 1
+    halves = [latents_trajectory]
+    if pred_original_samples is not None:
+        if len(pred_original_samples) != steps or pred_original_samples.shape[1:] != latents_trajectory.shape[1:]:
+            raise ValueError(
+                f"a trajectory of shape {tuple(latents_trajectory.shape)} needs {steps} predictions of x_0, "
+                f"not {tuple(pred_original_samples.shape)}"
+            )
+        halves.append(pred_original_samples)
+
+    font = ImageFont.load_default(size=14)
+    head = math.ceil(font.getbbox("Ag")[3]) + 2 * _GAP
+    frames = []
+    for step in range(steps + 1):
+        grids = []
+        for half in halves:
+            images = half[min(step, len(half) - 1)]  # (B, C, H, W)
+            # Euler and Heun keep x_t at a scale of its own, x_0 + σ·ε with σ up to 1e4: bring it to that of a picture
+            images = images / images.std().clamp(min=1)
+            grids.append(sample_grid(_to_uint8(images), columns=columns, scale=scale))
+        titles = [f"x_t, step {step} of {steps}", "predicted x_0"][: len(halves)]
+        width = max(grids[0].width, math.ceil(font.getlength(f"x_t, step {steps} of {steps}")) + 2 * _GAP)
+        frame = Image.new("RGB", (len(grids) * (width + 4 * _GAP) - 4 * _GAP, head + grids[0].height), _PAPER)
+        draw = ImageDraw.Draw(frame)
+        for k, (title, grid) in enumerate(zip(titles, grids, strict=True)):
+            left = k * (width + 4 * _GAP)
+            frame.paste(grid, (left, head))
+            draw.text((left + _GAP, _GAP), title, fill=_INK, font=font)
+        frames.append(frame)
+    return frames
+
+
+def save_film(frames: Sequence[Image.Image], path: str | os.PathLike[str], *, seconds: float = 4.0) -> None:
+    """Write frames as an animation that runs for ever and rests on its last frame.
+
+    Args:
+        frames: Images of one size, see `denoising_film`.
+        path: A name that ends in `.gif` or `.webp`.
+        seconds: How long the frames before the last one take together; the last one stays for two more.
+    """
+    each = max(20, round(1000 * seconds / len(frames)))  # browsers slow down frames shorter than 20 ms
+    durations = [each] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+
+
+def noising_strip(
+    images: torch.Tensor,
+    scheduler: Any,
+    *,
+    timesteps: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    scale: int = 2,
+) -> Image.Image:
+    """Draw the forward process q(x_t | x_0) = N(√ᾱ_t·x_0, (1 - ᾱ_t)·I): a row per image, a column per timestep.
+
+    Args:
+        images: x_0 of shape (B, C, H, W) in [-1, 1].
+        scheduler: Anything with `add_noise` and `config.num_train_timesteps`.
+        timesteps: The columns after the clean image; by default eight, evenly spread, the last one included.
+        generator: Source of the noise. A row uses the same noise throughout, so that one sees it come up.
+        scale: Side of the square of pixels that stands for one pixel.
+
+    Returns:
+        An RGB image.
+    """
+    if timesteps is None:
+        timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, 9).round().astype(int)[1:].tolist()
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    columns = [images] + [
+        scheduler.add_noise(images, noise, torch.full((len(images),), t, device=images.device)) for t in timesteps
+    ]
+    strip = torch.stack(columns, dim=1).flatten(0, 1)  # (B·columns, C, H, W)
+    labels = ["x_0", *(f"t = {t}" for t in timesteps)] * len(images)
+    return sample_grid(_to_uint8(strip), labels, columns=len(columns), scale=scale)

@@ -1,0 +1,664 @@
+"""Training: the noise-prediction loss of DDPM and the loop around it.
+
+    L = E_{x_0, ε, t} [ w_t · || target - model(x_t, t, y) ||² ],   x_t = sqrt(ᾱ_t)·x_0 + sqrt(1-ᾱ_t)·ε
+
+(DDPM, arXiv 2006.11239, eq. 14; the target is ε, x_0 or v by `prediction_type`.) Devices, precision, gradient accumulation,
+many processes and checkpoints are accelerate's; averaging of the weights is diffusers' `EMAModel`.
+
+Everything random in a step, and which images it sees, is a function of the seed and of the number of the step, drawn for
+the batch of all processes together. So a resumed run takes the very steps it would have taken, and two processes take
+the step that one would take with twice the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import ImageDataset, image_dataset, to_model_range
+from .pipeline_mini_ddpm import MiniDDPMPipeline
+from .pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
+from .plots import sample_grid
+from .scheduling_mini_ddim import MiniDDIMScheduler
+from .unet_mini import PRESETS, MiniUNet2DModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+# What a continued run may change; anything else would make another run of it.
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "num_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "save_images_epochs",
+    "log_with",
+    "device",
+    "cache_dataset",
+    "dataloader_num_workers",
+    "torch_compile",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a small diffusion model from scratch and write it as a pipeline folder.
+
+    The defaults train on MNIST. Interrupted at any moment, the same command goes on from the last checkpoint.
+    """
+
+    dataset_name: str = "ylecun/mnist"
+    """Hub id, folder in a Hub dataset's layout, or folder of pictures (one sub-folder per class)."""
+    output_dir: Path = Path("runs/mnist")
+    """Where the pipeline, its checkpoints, sample grids and logs are written."""
+    split: str = "train"
+    """Split of the dataset."""
+    image_column: str | None = None
+    """Column of the pictures. Default: the first that holds images."""
+    label_column: str | None = None
+    """Column of the class indices. Default: the first that holds class labels."""
+    resolution: int | None = None
+    """Crop to a square and resize to this many pixels. Default: take pictures as they are."""
+    cache_dataset: bool | None = None
+    """Keep all images on the device as bytes. Default: yes if they take less than 2 GB."""
+    dataloader_num_workers: int = 2
+    """Processes that decode images when the dataset is not cached."""
+
+    class_conditional: bool = False
+    """Train on class labels too, for images of a class asked for."""
+    class_dropout_prob: float = 0.1
+    """Share of labels replaced by the null label, so that guidance can be used (arXiv 2207.12598)."""
+
+    preset: str = "mini"
+    """Shape of the U-Net: mini, tutorial-32 or tutorial-64."""
+    block_out_channels: tuple[int, ...] | None = None
+    """Width of each level, in place of the preset's; levels below the first have attention."""
+    layers_per_block: int | None = None
+    """Residual blocks per level, in place of the preset's."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks."""
+
+    num_train_timesteps: int = 1000
+    """Number T of noise levels."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid", "laplace"] = "squaredcos_cap_v2"
+    """Noise schedule; squaredcos_cap_v2 is the cosine one."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
+    """What the network predicts: the noise, the clean image or the velocity."""
+    snr_gamma: float | None = None
+    """Weigh the loss by min-SNR with this gamma (5.0 is usual). Default: no weighting."""
+
+    num_epochs: int = 20
+    """Passes over the dataset."""
+    max_train_steps: int | None = None
+    """Optimizer steps, in place of num_epochs."""
+    train_batch_size: int = 128
+    """Images per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_scheduler: str = "cosine"
+    """Decay after the warm-up: cosine, linear, constant_with_warmup, polynomial, ..."""
+    lr_warmup_steps: int = 200
+    """Steps over which the learning rate rises from zero."""
+    adam_beta2: float = 0.99
+    """Decay of AdamW's second moment."""
+    adam_weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_max_decay: float = 0.9995
+    """Decay of the moving average of the weights, reached gradually; the average is what is saved."""
+    ema_power: float = 0.75
+    """How quickly it is reached: 1 - (1 + step)^-power."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Arithmetic of the network. Auto: bf16 on GPUs that have it, else no. CPUs with AVX512-BF16 gain from bf16."""
+    channels_last: bool = True
+    """Memory format of the convolutions."""
+    torch_compile: bool = False
+    """Compile the network: a minute more at the start, a third less afterwards."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """How many checkpoints are kept."""
+    save_images_epochs: int = 1
+    """Epochs between sample grids; 0 for none."""
+    logging_steps: int = 50
+    """Optimizer steps between log lines."""
+    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Experiment tracker, beside train_log.jsonl, which is always written."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        positive = ("num_train_timesteps", "num_epochs", "train_batch_size", "gradient_accumulation_steps")
+        positive += ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            raise ValueError(f"max_train_steps={self.max_train_steps} must be at least 1.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        for name in ("class_dropout_prob", "dropout", "ema_max_decay", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"snr_gamma={self.snr_gamma} must be above 0.")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}.")
+
+
+def compute_loss(
+    unet: nn.Module,
+    scheduler: MiniDDIMScheduler,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """The training loss of one batch (DDPM, eq. 14; min-SNR weights: arXiv 2303.09556, section 3.4).
+
+    `mean_i w(t_i) · mean_pixels (target_i - prediction_i)²`, with `w = 1`, or for `snr_gamma = γ` and
+    `SNR = ᾱ/(1-ᾱ)`: `min(SNR, γ)` for x_0, `min(SNR, γ)/SNR` for ε, `min(SNR, γ)/(SNR + 1)` for v.
+
+    Args:
+        unet: The network, called as `unet(x_t, t, class_labels).sample`.
+        scheduler: Gives ᾱ and `prediction_type`; any DDPM-like diffusers scheduler.
+        images: x_0, (B, C, H, W) in [-1, 1].
+        noise: ε, (B, C, H, W), standard normal.
+        timesteps: t, (B,) int64 in [0, num_train_timesteps).
+        class_labels: y, (B,) int64, or `None`.
+        snr_gamma: γ > 0, or `None` for no weighting.
+
+    Returns:
+        A scalar in float32.
+
+    Raises:
+        ValueError: The network's output has another shape than the target (a learned variance has no loss here).
+    """
+    noisy_images = scheduler.add_noise(images, noise, timesteps)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        target = noise
+    elif prediction_type == "sample":
+        target = images
+    else:
+        target = scheduler.get_velocity(images, noise, timesteps)
+
+    prediction = unet(noisy_images, timesteps, class_labels).sample
+    if prediction.shape != target.shape:
+        raise ValueError(f"The network predicts {tuple(prediction.shape)}, the target is {tuple(target.shape)}.")
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
+    if snr_gamma is not None:
+        alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
+        losses = losses * snr.clamp(max=snr_gamma) / divisor
+    return losses.mean()
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a pipeline, or go on training it from its last checkpoint.
+
+    Under `accelerate launch` every process calls this. `config.output_dir` becomes a pipeline folder that
+    `from_pretrained` opens (averaged weights), with `checkpoint-N/`, `samples/`, `logs/`, `train_config.json` and
+    `train_log.jsonl` beside it.
+
+    Args:
+        config: What to train on what, and how.
+
+    Returns:
+        `config.output_dir`.
+
+    Raises:
+        ValueError: The configuration cannot work with this dataset, or the folder holds another run.
+        FloatingPointError: The loss became NaN or infinite; the last good weights are kept.
+        OSError: A checkpoint or the pipeline could not be written; the previous one is kept.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration, set_seed
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
+    _check_device(config.device)
+    output_dir = config.output_dir
+    checkpoint = _claim_folder(config)
+    log_with = None if config.log_with == "none" else config.log_with
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=_mixed_precision(config),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=log_with,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+
+    # 1. The data, and how many steps it takes to see it num_epochs times.
+    dataset = image_dataset(
+        config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
+    )
+    if config.class_conditional and dataset.id2label is None:
+        raise ValueError(f"class_conditional needs labels, and {config.dataset_name!r} has none. Pass --label-column.")
+    null_label = len(dataset.id2label or ()) if config.class_conditional else None
+    batch_size = config.train_batch_size * accelerator.num_processes  # of all processes, per forward pass
+    step_size = batch_size * config.gradient_accumulation_steps  # images per optimizer step
+    total_steps = config.max_train_steps or -(-config.num_epochs * len(dataset) // step_size)
+
+    # 2. The network and its optimizer.
+    set_seed(config.seed)
+    unet = _new_unet(config, dataset)
+    if config.channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    scheduler = MiniDDIMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+    )
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    lr_scheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(config.lr_warmup_steps, total_steps),
+        num_training_steps=total_steps,
+    )
+    model, optimizer = accelerator.prepare(torch.compile(unet) if config.torch_compile else unet, optimizer)
+    ema = EMAModel(
+        unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=config.ema_power, foreach=True
+    )
+    ema.to(device)
+    accelerator.register_for_checkpointing(ema, lr_scheduler)
+
+    # 3. Where an earlier run got to.
+    first_step, seconds = 0, 0.0
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        progress_file = json.loads((checkpoint / "progress.json").read_text())
+        first_step, seconds = progress_file["step"], progress_file["seconds"]
+        accelerator.print(f"Going on from {checkpoint} (step {first_step} of {total_steps}).")
+    if is_main:
+        _truncate_log(output_dir, first_step)
+    if log_with is not None:
+        accelerator.init_trackers("logs")
+
+    # 4. The loop.
+    micro_steps = range(
+        first_step * config.gradient_accumulation_steps, total_steps * config.gradient_accumulation_steps
+    )
+    batches = _batches(config, dataset, accelerator, micro_steps)
+    bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", disable=not is_main)
+    started, logged_at, step = time.monotonic() - seconds, time.monotonic(), first_step
+    running_loss, running_count = torch.zeros((), device=device), 0
+    model.train()
+    for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
+        noise, timesteps, class_labels = _noise_batch(
+            config, accelerator, micro_step, images, class_labels, null_label
+        )
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                loss = compute_loss(model, scheduler, images, noise, timesteps, class_labels, config.snr_gamma)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        running_loss += loss.detach()
+        running_count += 1
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        ema.step(unet.parameters())
+        step += 1
+        bar.update()
+
+        last = step == total_steps
+        checkpoint_due = last or step % config.checkpointing_steps == 0
+        epoch, epoch_before = step * step_size // len(dataset), (step - 1) * step_size // len(dataset)
+        images_due = config.save_images_epochs > 0 and (
+            last or epoch // config.save_images_epochs > epoch_before // config.save_images_epochs
+        )
+        if step % config.logging_steps == 0 or checkpoint_due or images_due:
+            mean_loss = accelerator.reduce(running_loss / running_count, "mean").item()
+            if not np.isfinite(mean_loss):
+                bar.close()
+                kept = _checkpoints(output_dir)[-1:] or ["none was written yet"]
+                raise FloatingPointError(
+                    f"The loss became {mean_loss} at step {step}. Lower learning_rate (now {config.learning_rate:g}) or "
+                    f"train without mixed_precision (now {accelerator.mixed_precision}). Last good weights: {kept[0]}."
+                )
+            now = time.monotonic()
+            speed = running_count * batch_size / (now - logged_at)
+            entry = {
+                "step": step,
+                "epoch": round(step * step_size / len(dataset), 4),
+                "images": step * step_size,
+                "loss": mean_loss,
+                "lr": lr_scheduler.get_last_lr()[0],
+                "images_per_second": round(speed, 1),
+                "seconds": round(now - started, 1),
+            }
+            bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{speed:.0f}")
+            if is_main:
+                with (output_dir / "train_log.jsonl").open("a") as log:
+                    log.write(json.dumps(entry) + "\n")
+            accelerator.log({key: entry[key] for key in ("loss", "lr", "images_per_second", "epoch")}, step=step)
+            running_loss, running_count = torch.zeros((), device=device), 0
+        if checkpoint_due:
+            _save_checkpoint(accelerator, config, step, time.monotonic() - started)
+        if (checkpoint_due or images_due) and is_main:
+            _save_pipeline(config, accelerator, dataset, scheduler, unet, ema, epoch if images_due else None)
+        if checkpoint_due or images_due:
+            accelerator.wait_for_everyone()
+            logged_at = time.monotonic()
+        elif running_count == 0:
+            logged_at = now
+    bar.close()
+    if is_main and step == first_step:
+        accelerator.print(f"{output_dir} is trained already ({total_steps} steps).")
+    if log_with is not None:
+        accelerator.end_training()
+    return output_dir
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine lacks, in place of silently training on another."""
+    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device]:
+        raise ValueError(f"device={device!r} was asked for, but torch finds none here. Use --device cpu or auto.")
+
+
+def _mixed_precision(config: TrainConfig) -> str:
+    """Resolve "auto"."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision
+    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+
+
+def _new_unet(config: TrainConfig, dataset: ImageDataset) -> MiniUNet2DModel:
+    """Build the network that fits the configuration and the images."""
+    channels, height, width = dataset.shape
+    overrides: dict[str, Any] = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+        "dropout": config.dropout,
+    }
+    if config.class_conditional:
+        overrides["num_class_embeds"] = len(dataset.id2label or ()) + 1  # the last is the null label
+    if config.block_out_channels is not None:
+        levels = len(config.block_out_channels)
+        overrides["block_out_channels"] = config.block_out_channels
+        overrides["down_block_types"] = ("DownBlock2D",) + ("AttnDownBlock2D",) * (levels - 1)
+    if config.layers_per_block is not None:
+        overrides["layers_per_block"] = config.layers_per_block
+    return MiniUNet2DModel.from_preset(config.preset, **overrides)
+
+
+def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, micro_steps: range) -> Iterator[Any]:
+    """The images of each forward pass of this process: a (train_batch_size,) int64 tensor at a time.
+
+    The stream of all batches is the dataset over and over, shuffled anew each epoch by (seed, epoch). Forward pass m of
+    all processes together takes places m·B to (m+1)·B, and each process its share of them.
+    """
+    batch_size = config.train_batch_size * accelerator.num_processes
+    epochs: dict[int, torch.Tensor] = {}
+    for micro_step in micro_steps:
+        start = micro_step * batch_size + accelerator.process_index * config.train_batch_size
+        places = torch.arange(start, start + config.train_batch_size)
+        wanted = range(start // num_images, int(places[-1]) // num_images + 1)
+        epochs = {epoch: epochs[epoch] if epoch in epochs else _shuffled(config, num_images, epoch) for epoch in wanted}
+        order = torch.cat([epochs[epoch] for epoch in wanted])
+        yield order[places - wanted[0] * num_images]
+
+
+def _shuffled(config: TrainConfig, num_images: int, epoch: int) -> torch.Tensor:
+    """A permutation of the images, (num_images,) int64."""
+    return torch.randperm(num_images, generator=_generator("cpu", config.seed, 0, epoch))
+
+
+def _batches(
+    config: TrainConfig, dataset: ImageDataset, accelerator: Accelerator, micro_steps: range
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """This process's batches on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`."""
+    device = accelerator.device
+    ids = _image_ids(config, accelerator, len(dataset), micro_steps)
+    cache = config.cache_dataset
+    if cache is None:
+        cache = len(dataset) * int(np.prod(dataset.shape)) < 2e9
+    if cache:
+        images, labels = dataset.stack(progress=accelerator.is_main_process)
+        images, labels = images.to(device), labels.to(device) if labels is not None else None
+        for batch in ids:
+            batch = batch.to(device)
+            yield to_model_range(images[batch]), labels[batch] if labels is not None else None
+    else:
+        loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=(batch.tolist() for batch in ids),  # type: ignore[arg-type]
+            num_workers=config.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        for item in loader:
+            labels = item.get("class_labels")
+            yield item["images"].to(device), labels.to(device) if labels is not None else None
+
+
+def _noise_batch(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    micro_step: int,
+    images: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    null_label: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Draw noise, timesteps and labels with dropout for one forward pass, from (seed, micro_step) alone.
+
+    The timesteps are stratified over the batch, `t_i = floor(T · frac(u + i/B))`: every batch covers all noise levels, so
+    that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the batch of all processes.
+    """
+    local, device = images.shape[0], images.device
+    batch_size = local * accelerator.num_processes
+    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+    generator = _generator(device, config.seed, 1, micro_step)
+    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[mine]
+    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+    strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
+    timesteps = ((strata + offset) % 1 * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
+    timesteps = timesteps[mine]
+    if null_label is None or class_labels is None:
+        return noise, timesteps, None
+    dropped = torch.rand(batch_size, generator=generator, device=device)[mine] < config.class_dropout_prob
+    return noise, timesteps, class_labels.masked_fill(dropped, null_label)
+
+
+def _generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator whose seed is a hash of `key`. (Torch's CPU generator uses 32 bits of a seed, so no packing.)"""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _claim_folder(config: TrainConfig) -> Path | None:
+    """Make the run's folder, or find the checkpoint to go on from in it.
+
+    Raises:
+        ValueError: The folder holds something else than this run.
+        OSError: It cannot be written.
+    """
+    folder, described = config.output_dir, _described(config)
+    config_file = folder / "train_config.json"
+    if config_file.exists():
+        before = json.loads(config_file.read_text())
+        differing = [key for key in described if key not in _FREE_TO_CHANGE and described[key] != before.get(key)]
+        if differing:
+            key = differing[0]
+            raise ValueError(
+                f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same value, "
+                "or use another output_dir."
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and holds no run of mini-ddpm. Use another output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "train_config.json.tmp"
+    temporary.write_text(json.dumps(described, indent=2) + "\n")
+    os.replace(temporary, config_file)
+    checkpoints = _checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
+
+
+def _described(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON has it."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    described: dict[str, Any] = json.loads(json.dumps(values))
+    return described
+
+
+def _truncate_log(output_dir: Path, step: int) -> None:
+    """Drop the log lines of steps that will be taken again."""
+    log = output_dir / "train_log.jsonl"
+    if log.exists():
+        lines = []
+        for line in log.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                break
+            if entry["step"] <= step:
+                lines.append(line + "\n")
+        log.write_text("".join(lines))
+
+
+def _save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int, seconds: float) -> None:
+    """Write all state under a temporary name, then rename it: a checkpoint is whole or absent.
+
+    Raises:
+        OSError: It could not be written, for example because the disk is full. Earlier checkpoints are untouched.
+    """
+    folder = config.output_dir / f"checkpoint-{step}"
+    temporary = config.output_dir / f".checkpoint-{step}.tmp"
+    with _clear_write_errors(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (temporary / "progress.json").write_text(json.dumps({"step": step, "seconds": round(seconds, 1)}) + "\n")
+            _flush_to_disk(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+            for old in _checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
+                shutil.rmtree(old)
+
+
+def _save_pipeline(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    dataset: ImageDataset,
+    scheduler: MiniDDIMScheduler,
+    unet: MiniUNet2DModel,
+    ema: EMAModel,
+    epoch: int | None,
+) -> None:
+    """Write the averaged weights as a pipeline, file by file in place of the last, and draw a grid after `epoch`."""
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    unet.eval()
+    temporary = config.output_dir / ".pipeline.tmp"
+    try:
+        pipeline: Any
+        if config.class_conditional:
+            pipeline = MiniDDPMClassConditionalPipeline(unet, scheduler, id2label=dataset.id2label)
+        else:
+            pipeline = MiniDDPMPipeline(unet, scheduler)
+        with _clear_write_errors(temporary):
+            pipeline.save_pretrained(temporary)
+            _flush_to_disk(temporary)
+            for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = config.output_dir / file.relative_to(temporary)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
+            shutil.rmtree(temporary)
+        if epoch is not None:
+            (config.output_dir / "samples").mkdir(exist_ok=True)
+            pipeline.set_progress_bar_config(disable=True)
+            if config.class_conditional:
+                classes = list(dataset.id2label or ())[:10]
+                call: dict[str, Any] = {"class_labels": [label for _ in range(8) for label in classes]}
+            else:
+                call = {"batch_size": 64}
+            generator = torch.Generator("cpu").manual_seed(config.seed)
+            with accelerator.autocast():
+                images = pipeline(**call, generator=generator, num_inference_steps=25).images
+            grid = sample_grid(images, columns=len(classes) if config.class_conditional else 8)
+            grid.save(config.output_dir / "samples" / f"epoch-{epoch:04d}.png")
+    finally:
+        unet.train()
+        ema.restore(unet.parameters())
+
+
+class _clear_write_errors:
+    """Turn the many ways in which writing `folder` fails into one `OSError` that says what is kept, and tidy up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        from safetensors import SafetensorError
+
+        # torch reports a failed write as RuntimeError, safetensors as its own.
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            kept = _checkpoints(self.folder.parent)
+            raise OSError(
+                f"Could not write {self.folder.parent} ({str(error).strip().splitlines()[0]}). Free some space or choose "
+                f"another output_dir, then run the same command. Last checkpoint: {kept[-1] if kept else 'none yet'}."
+            ) from error
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Make the files durable before the rename that puts them in place."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

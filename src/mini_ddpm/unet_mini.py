@@ -1,0 +1,495 @@
+"""The denoising network of mini-ddpm: a small time-conditional U-Net in plain torch, on diffusers' mixins.
+
+    sample x_t (B, C, H, W) ──stem──► down blocks ──► mid block ──► up blocks ──head──► model output (B, C_out, H, W)
+    timestep t, class y  ──embedding──► scale and shift of every residual block
+
+Notation: B batch, C channels, H x W image, p patch size, D width of a level, E width of the embedding.
+Sources: DDPM (arXiv 2006.11239, appendix B), Improved DDPM (2102.09672, section 3), ADM (2105.05233, section 3), the patch stem
+as in DiT (2212.09748, section 3.2). This file is self-contained so that it can travel with the weights to the Hub.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, which is the best quality per
+# millisecond at 28x28. "tutorial-32" and "tutorial-64" have the widths of the tutorial this package grew from (dim 32 or
+# 64, multipliers 1, 2, 4, 8, no attention) and depart from it where it could not run or could not be right:
+#   - GroupNorm in place of BatchNorm, whose batch statistics mix noise levels and which EMA does not average;
+#   - 28 -> 14 -> 7 -> 4 is retraced as 4 -> 7 -> 14 -> 28 (the tutorial doubled 4 to 8 and met a skip of 7);
+#   - every skip connection is used (the tutorial's loop over `reversed(in_out[1:])` left one out).
+PRESETS: dict[str, dict[str, Any]] = {
+    "mini": {},
+    "tutorial-32": {
+        "patch_size": 1,
+        "block_out_channels": (32, 64, 128, 256),
+        "down_block_types": ("DownBlock2D",) * 4,
+        "layers_per_block": 1,
+        "add_attention": False,
+    },
+    "tutorial-64": {
+        "patch_size": 1,
+        "block_out_channels": (64, 128, 256, 512),
+        "down_block_types": ("DownBlock2D",) * 4,
+        "layers_per_block": 1,
+        "add_attention": False,
+    },
+}
+
+
+@dataclass
+class MiniUNet2DOutput(BaseOutput):  # type: ignore[misc]
+    """The output of [`MiniUNet2DModel`].
+
+    Attributes:
+        sample: The prediction, (B, out_channels, H, W): noise, clean image or velocity, as the scheduler's
+            `prediction_type` says. Not clipped.
+    """
+
+    sample: torch.Tensor
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
+    """Sinusoidal embedding of the timestep (DDPM, appendix B, after 1706.03762, section 3.5).
+
+    `emb(t) = [cos(t·f_0), ..., cos(t·f_{d/2-1}), sin(t·f_0), ...]`, `f_i = max_period^(-i / (d/2))`.
+
+    Args:
+        timesteps: (B,), any int or float type, in [0, num_train_timesteps).
+        dim: Even width d of the embedding.
+        max_period: The longest period over 2π, in timesteps.
+
+    Returns:
+        (B, dim) in float32. The phases stay in float32 whatever the model's dtype: in half precision they would be
+        0.24 rad off at t = 999.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    phase = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponent)[None, :]  # (B, dim/2)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, dim)
+
+
+class MiniAttnProcessor:
+    """Multi-head self-attention, `softmax(q k^T / sqrt(d)) v`, through the backend that diffusers dispatches to."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "MiniAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """Mix the tokens. `hidden_states` and the result are (B, H·W, D)."""
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, H·W, heads, d)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = hidden_states.flatten(2).to(query.dtype)  # (B, H·W, D)
+        return attn.to_out[1](attn.to_out[0](hidden_states))  # type: ignore[no-any-return]
+
+
+class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
+    """Residual self-attention over the pixels of a feature map: `x + out(attention(norm(x)))`.
+
+    Args:
+        channels: Width D of the feature map.
+        head_dim: Width d of one head; must divide `channels`.
+        norm_num_groups: Groups of the GroupNorm.
+        norm_eps: Its epsilon.
+        dropout: Probability of dropping an output feature.
+    """
+
+    _default_processor_cls = MiniAttnProcessor
+    _available_processors = [MiniAttnProcessor]
+    use_bias = True
+
+    def __init__(self, channels: int, head_dim: int, norm_num_groups: int, norm_eps: float, dropout: float) -> None:
+        super().__init__()
+        self.heads = channels // head_dim
+        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        # A list, as in diffusers' attention layers, whose tools look for `to_out.0`.
+        self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels)), nn.Dropout(dropout)])
+        self.set_processor(MiniAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend. `hidden_states` and the result are (B, D, H, W)."""
+        tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)  # (B, H·W, D)
+        tokens = self.processor(self, tokens)
+        return hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)
+
+
+class MiniResnetBlock(nn.Module):
+    """Residual block whose second norm is scaled and shifted by the embedding (ADM, section 3.1: "AdaGN").
+
+    `h = conv1(silu(norm1(x)))`, `h = conv2(dropout(silu((1 + scale)·norm2(h) + shift)))`, returns `skip(x) + h`.
+    `conv2` starts at zero, so that a new block is the identity (Improved DDPM; 1706.02677, section 5.1).
+
+    Args:
+        in_channels: Width of the input.
+        out_channels: Width D of the output; a 1x1 convolution matches the residual where they differ.
+        embedding_dim: Width E of the embedding.
+        norm_num_groups: Groups of both GroupNorms.
+        norm_eps: Their epsilon.
+        dropout: Probability of dropping a feature before the last convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        norm_num_groups: int,
+        norm_eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Transform `hidden_states` (B, in_channels, H, W) under `temb` (B, E) into (B, out_channels, H, W)."""
+        residual = self.conv_shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)  # each (B, D, 1, 1)
+        hidden_states = F.silu(torch.addcmul(shift, self.norm2(hidden_states), 1 + scale))
+        return residual + self.conv2(self.dropout(hidden_states))  # type: ignore[no-any-return]
+
+
+class MiniLevel(nn.Module):
+    """What down, mid and up blocks share: residual blocks, each followed by attention where the level has it.
+
+    Args:
+        in_channels: The input width of each residual block; their number is the depth of the level.
+        out_channels: Width D of the level.
+        attention: Whether attention follows each residual block; the mid block attends between its two.
+        embedding_dim, attention_head_dim, norm_num_groups, norm_eps, dropout: See [`MiniUNet2DModel`].
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        out_channels: int,
+        attention: tuple[bool, ...],
+        embedding_dim: int,
+        attention_head_dim: int,
+        norm_num_groups: int,
+        norm_eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            MiniResnetBlock(width, out_channels, embedding_dim, norm_num_groups, norm_eps, dropout)
+            for width in in_channels
+        )
+        self.attentions = nn.ModuleList(
+            MiniAttention(out_channels, attention_head_dim, norm_num_groups, norm_eps, dropout)
+            if attends
+            else nn.Identity()
+            for attends in attention
+        )
+
+    def layer(self, index: int, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Run the `index`-th residual block and its attention, recomputed in the backward pass if so asked."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            hidden_states = self._gradient_checkpointing_func(self.resnets[index], hidden_states, temb)
+        else:
+            hidden_states = self.resnets[index](hidden_states, temb)
+        return self.attentions[index](hidden_states)  # type: ignore[no-any-return]
+
+
+class MiniDownBlock(MiniLevel):
+    """One level of the way down: optional strided convolution, then the layers, each leaving a skip."""
+
+    def __init__(self, downsample_from: int | None, **level: Any) -> None:
+        super().__init__(**level)
+        width = level["out_channels"]
+        # 3x3 with stride 2 halves any size, rounding up: 28 -> 14 -> 7 -> 4.
+        self.downsampler = (
+            nn.Conv2d(downsample_from, width, 3, stride=2, padding=1) if downsample_from is not None else nn.Identity()
+        )
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the skips: the level's input and each layer's output, all (B, D, H, W); the last is the result."""
+        hidden_states = self.downsampler(hidden_states)  # (B, D, ceil(H/2), ceil(W/2)), or unchanged at the top
+        skips = [hidden_states]
+        for index in range(len(self.resnets)):
+            hidden_states = self.layer(index, hidden_states, temb)
+            skips.append(hidden_states)
+        return tuple(skips)
+
+
+class MiniMidBlock(MiniLevel):
+    """The bottom of the U: two residual blocks with attention between them."""
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Transform (B, D, H, W) into the same shape."""
+        for index in range(len(self.resnets)):
+            hidden_states = self.layer(index, hidden_states, temb)
+        return hidden_states
+
+
+class MiniUpBlock(MiniLevel):
+    """One level of the way up: resize to the size of the skips, then one layer per skip."""
+
+    def __init__(self, upsample_from: int | None, **level: Any) -> None:
+        super().__init__(**level)
+        width = upsample_from
+        self.upsampler = nn.Conv2d(width, width, 3, padding=1) if width is not None else None
+
+    def forward(self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor) -> torch.Tensor:
+        """Consume the `skips` of the level, last first; returns (B, D, H, W) with their H and W."""
+        if self.upsampler is not None:
+            # To the size of the skip, not by the factor two, so that odd sizes meet again.
+            hidden_states = F.interpolate(hidden_states, size=skips[0].shape[-2:], mode="nearest")
+            hidden_states = self.upsampler(hidden_states)
+        for index, skip in enumerate(reversed(skips)):
+            hidden_states = self.layer(index, torch.cat([hidden_states, skip], dim=1), temb)
+        return hidden_states
+
+
+class MiniTimestepEmbedding(nn.Module):
+    """Two-layer perceptron over the sinusoids: `linear_2(silu(linear_1(emb)))`, (B, in_dim) -> (B, E)."""
+
+    def __init__(self, in_dim: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, embedding_dim)
+        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
+
+    def forward(self, emb: torch.Tensor) -> torch.Tensor:
+        """Map the sinusoids (B, in_dim) to the embedding (B, E)."""
+        return self.linear_2(F.silu(self.linear_1(emb)))  # type: ignore[no-any-return]
+
+
+class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+    """A small time-conditional, optionally class-conditional U-Net: ε_θ(x_t, t, y), x_θ or v_θ.
+
+    Takes images of any height and width and any number of channels, and returns their size unchanged.
+
+    Args:
+        sample_size: Height and width of the images in pixels, one int for squares. What the pipeline draws by default;
+            the network itself takes any size.
+        in_channels: Channels C of the sample.
+        out_channels: Channels of the prediction: `in_channels`, or twice that for a learned variance.
+        patch_size: Side p of the square patches that the stem folds into channels, `(C, H, W) -> (C·p², H/p, W/p)`;
+            1 works on single pixels. Sizes that p does not divide are padded by repeating the edge, then cropped.
+        down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention); the way up
+            mirrors the way down.
+        block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounding up.
+        layers_per_block: Residual blocks in each level of the way down (one more on the way up).
+        attention_head_dim: Width of one attention head; must divide the widths that have attention.
+        add_attention: Whether the mid block has self-attention.
+        norm_num_groups: Groups of every GroupNorm; must divide all widths.
+        norm_eps: Epsilon of every GroupNorm.
+        dropout: Dropout probability in residual blocks and attention, in [0, 1).
+        num_class_embeds: Number of class embeddings, the null label included: the last index, `num_class_embeds - 1`,
+            is the null label ("no class"). `None` for an unconditional network.
+
+    Raises:
+        ValueError: A width is not divisible by its groups or heads, or lists have unequal lengths.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniResnetBlock", "MiniAttention"]
+    _repeated_blocks = ["MiniResnetBlock", "MiniAttention"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        patch_size: int = 2,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D"),
+        block_out_channels: tuple[int, ...] = (64, 96),
+        layers_per_block: int = 2,
+        attention_head_dim: int = 32,
+        add_attention: bool = True,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+    ) -> None:
+        super().__init__()
+        widths = tuple(block_out_channels)
+        attends = tuple(name == "AttnDownBlock2D" for name in down_block_types)
+        self._check_config(widths, tuple(down_block_types))
+
+        embedding_dim = 4 * widths[0]
+        shared = {
+            "embedding_dim": embedding_dim,
+            "attention_head_dim": attention_head_dim,
+            "norm_num_groups": norm_num_groups,
+            "norm_eps": norm_eps,
+            "dropout": dropout,
+        }
+
+        self.time_embedding = MiniTimestepEmbedding(widths[0], embedding_dim)
+        self.class_embedding = nn.Embedding(num_class_embeds, embedding_dim) if num_class_embeds is not None else None
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            self.down_blocks.append(
+                MiniDownBlock(
+                    downsample_from=widths[level - 1] if level > 0 else None,
+                    in_channels=(width,) * layers_per_block,
+                    out_channels=width,
+                    attention=(attends[level],) * layers_per_block,
+                    **shared,
+                )
+            )
+        self.mid_block = MiniMidBlock(
+            in_channels=(widths[-1], widths[-1]), out_channels=widths[-1], attention=(add_attention, False), **shared
+        )
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width, below = widths[level], widths[min(level + 1, len(widths) - 1)]
+            self.up_blocks.append(
+                MiniUpBlock(
+                    upsample_from=below if level < len(widths) - 1 else None,
+                    in_channels=(below + width,) + (2 * width,) * layers_per_block,
+                    out_channels=width,
+                    attention=(attends[level],) * (layers_per_block + 1),
+                    **shared,
+                )
+            )
+
+        self.norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=norm_eps)
+        self.conv_out = zero_init(nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1))
+
+    def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
+        """Refuse a shape that cannot be built, naming the key that is wrong."""
+        config = self.config
+        allowed = ("DownBlock2D", "AttnDownBlock2D")
+        if unknown := set(down_block_types) - set(allowed):
+            raise ValueError(f"down_block_types holds {sorted(unknown)}; allowed are {allowed}.")
+        if len(down_block_types) != len(widths) or not widths:
+            raise ValueError(
+                f"down_block_types has {len(down_block_types)} entries and block_out_channels {len(widths)}; both need "
+                "one per level."
+            )
+        for width in widths:
+            if width % config.norm_num_groups or width % 2:
+                raise ValueError(
+                    f"block_out_channels has {width}, which must be even and divisible by "
+                    f"norm_num_groups={config.norm_num_groups}."
+                )
+        attended = {w for w, name in zip(widths, down_block_types, strict=True) if name == "AttnDownBlock2D"}
+        for width in attended | ({widths[-1]} if config.add_attention else set()):
+            if width % config.attention_head_dim:
+                raise ValueError(
+                    f"block_out_channels has {width} with attention, not divisible by "
+                    f"attention_head_dim={config.attention_head_dim}."
+                )
+        if config.num_class_embeds is not None and config.num_class_embeds < 2:
+            raise ValueError(
+                f"num_class_embeds={config.num_class_embeds} must be at least 2: one class and the null label."
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MiniUNet2DModel":
+        """Build a new network of a named shape.
+
+        Args:
+            name: A key of `PRESETS`: "mini", "tutorial-32" or "tutorial-64".
+            **overrides: Config keys that replace the preset's, such as `num_class_embeds=11`.
+
+        Raises:
+            ValueError: The name is unknown.
+
+        Examples:
+            >>> unet = MiniUNet2DModel.from_preset("tutorial-32", in_channels=3, out_channels=3)
+        """
+        if name not in PRESETS:
+            raise ValueError(f"No preset is called {name!r}; there are {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> MiniUNet2DOutput | tuple[torch.Tensor]:
+        """Predict noise, clean image or velocity from a noisy image.
+
+        Args:
+            sample: x_t, (B, in_channels, H, W), any H and W.
+            timestep: t in [0, num_train_timesteps), int or float, a number, a 0-d or a (1,) or (B,) tensor.
+            class_labels: (B,) int64 in [0, num_class_embeds), or `None`, which means the null label for every image.
+            return_dict: Whether to return an output object in place of a tuple.
+
+        Returns:
+            [`MiniUNet2DOutput`] or `(sample,)` with `sample` (B, out_channels, H, W).
+
+        Raises:
+            ValueError: Labels are given to an unconditional network, or the sample has the wrong number of channels.
+        """
+        if sample.shape[1] != self.config.in_channels:
+            raise ValueError(f"sample has {sample.shape[1]} channels; this U-Net takes {self.config.in_channels}.")
+        batch, (height, width), patch = sample.shape[0], sample.shape[-2:], self.config.patch_size
+
+        # 1. Embed time and class.
+        if not torch.is_tensor(timestep):
+            timestep = torch.tensor(timestep, device=sample.device)
+        timesteps = timestep.to(sample.device).reshape(-1).expand(batch)  # (B,)
+        sinusoids = timestep_embedding(timesteps, self.config.block_out_channels[0])
+        temb = self.time_embedding(sinusoids.to(sample.dtype))  # (B, E)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch,), self.config.num_class_embeds - 1, device=sample.device)
+            temb = temb + self.class_embedding(class_labels).to(temb.dtype)
+        elif class_labels is not None:
+            raise ValueError("class_labels were given, but this U-Net is unconditional (num_class_embeds is None).")
+        temb = F.silu(temb)
+
+        # 2. Stem: fold patches into channels.
+        pad_h, pad_w = -height % patch, -width % patch
+        if pad_h or pad_w:
+            sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
+        hidden_states = self.conv_in(F.pixel_unshuffle(sample, patch))  # (B, D_0, H/p, W/p)
+
+        # 3. Down, middle, up.
+        skips: list[tuple[torch.Tensor, ...]] = []
+        for down_block in self.down_blocks:
+            skips.append(down_block(hidden_states, temb))
+            hidden_states = skips[-1][-1]
+        hidden_states = self.mid_block(hidden_states, temb)
+        for up_block, level_skips in zip(self.up_blocks, reversed(skips), strict=True):
+            hidden_states = up_block(hidden_states, level_skips, temb)
+
+        # 4. Head: unfold channels into patches.
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))  # (B, C_out·p², H/p, W/p)
+        output = F.pixel_shuffle(hidden_states, patch)[..., :height, :width]  # (B, C_out, H, W)
+        if not return_dict:
+            return (output,)
+        return MiniUNet2DOutput(sample=output)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Set a layer's weight and bias to zero, so that the branch that it ends starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

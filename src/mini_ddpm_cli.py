@@ -1,0 +1,310 @@
+"""The command line: `mini-ddpm sample`, `mini-ddpm train`.
+
+This is a module beside the package `mini_ddpm`, not in it, since importing anything from the package imports torch and
+diffusers (5 s): `mini-ddpm --help` answers without them. Each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ConfigT = TypeVar("ConfigT")
+
+# name on the command line: module and class, made with `from_config` from the scheduler the pipeline came with
+SCHEDULERS = {
+    "ddpm": "mini_ddpm.MiniDDPMScheduler",
+    "ddim": "mini_ddpm.MiniDDIMScheduler",
+    "dpmsolver++": "diffusers.DPMSolverMultistepScheduler",
+    "unipc": "diffusers.UniPCMultistepScheduler",
+    "deis": "diffusers.DEISMultistepScheduler",
+    "heun": "diffusers.HeunDiscreteScheduler",
+    "euler": "diffusers.EulerDiscreteScheduler",
+    "euler-ancestral": "diffusers.EulerAncestralDiscreteScheduler",
+}
+# PIPELINE, not [STR]; INT, not {None}|INT
+_TYRO = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
+_FILES_OF_A_SAMPLE_FOLDER = re.compile(r"\d{5,}(_[\w-]+)?\.png")
+
+
+@dataclass
+class SampleConfig:
+    """Draw images with a trained pipeline: without arguments, a labelled grid of digits in samples.png."""
+
+    pipeline: tyro.conf.Positional[str] = "mnist-class-conditional"
+    """A name that ships with the package (mnist, mnist-class-conditional), a folder, or a repository on the Hub."""
+
+    class_labels: tuple[str, ...] = ()
+    """What to draw, by name or number, e.g. 3 1 4: one image each, or in turn up to --num-images. None: all."""
+
+    num_images: int | None = None
+    """How many images. None: one per label given, else 10 per class, or 64 where there are no classes."""
+
+    num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 50
+    """Denoising steps. More is slower; 20 are nearly as good as 50."""
+
+    guidance_scale: float | None = None
+    """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
+
+    eta: float = 0.0
+    """Noise that DDIM adds back at each step: 0 is deterministic, 1 is as much as DDPM."""
+
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCHEDULERS))] = None
+    """Sampler. None: the one the pipeline was saved with."""
+
+    seed: int = 0
+    """Image i is drawn from seed + i, so it does not depend on --num-images or --batch-size."""
+
+    batch_size: int = 128
+    """Images drawn at once; lower it when memory runs out."""
+
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the network."""
+
+    out: Path = Path("samples.png")
+    """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Draw images with trained weights: a grid, a folder, arrays, or a film."""
+    config = _parse(SampleConfig, "sample", argv)
+    if config.num_images is not None and config.num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, not {config.num_images}")
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {config.batch_size}")
+    kind = config.out.suffix.lower()
+    if kind not in ("", ".png", ".npz", ".gif", ".webp"):
+        raise ValueError(f"--out {config.out}: choose .png, .gif, .webp, .npz, or a name without suffix for a folder")
+
+    # The output is opened first: nobody should wait for images that cannot be written.
+    with _replacing(config.out, folder=kind == "") as target:
+        import numpy as np
+        import torch
+
+        from mini_ddpm import hub, plots
+
+        device = _device(config.device)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
+        pipe = hub.load_pipeline(config.pipeline)
+        if config.scheduler is not None:
+            pipe.scheduler = _scheduler_class(config.scheduler).from_config(pipe.scheduler.config)
+        pipe.to(device, dtype)
+
+        labels, names, columns = _labels(pipe, config.class_labels, config.num_images)
+        count = len(labels) if labels else config.num_images or 64
+        options: dict[str, Any] = {"num_inference_steps": config.num_inference_steps, "eta": config.eta}
+        if config.guidance_scale is not None:
+            if labels is None:
+                raise ValueError(f"--guidance-scale: {config.pipeline} is not class-conditional")
+            options["guidance_scale"] = config.guidance_scale
+
+        film = kind in (".gif", ".webp")
+        started = time.perf_counter()
+        batches = []
+        for first in range(0, count, config.batch_size):
+            part = range(first, min(first + config.batch_size, count))
+            # disable=None: a bar on a terminal, none in a log file
+            pipe.set_progress_bar_config(desc=f"images {first + 1}-{part.stop} of {count}", disable=None)
+            if labels is None:
+                options["batch_size"] = len(part)
+            else:
+                options["class_labels"] = labels[part.start : part.stop]
+            generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in part]
+            batches.append(pipe(**options, generator=generator, output_type="np", return_trajectory=film))
+        seconds = time.perf_counter() - started
+
+        images = (np.concatenate([batch.images for batch in batches]) * 255).round().astype(np.uint8)  # (B, H, W, C)
+        if film:
+            trajectory = torch.cat([batch.latents_trajectory for batch in batches], dim=1)
+            predictions = torch.cat([batch.pred_original_samples for batch in batches], dim=1)
+            plots.save_film(plots.denoising_film(trajectory, predictions, columns=columns), target)
+        elif kind == ".png":
+            plots.sample_grid(images, names, columns=columns).save(target)
+        elif kind == ".npz":
+            arrays = {"images": images, "seeds": config.seed + np.arange(count)}
+            np.savez_compressed(target, **arrays | ({} if labels is None else {"class_labels": np.array(labels)}))
+        else:
+            _save_folder(target, images, names)
+    print(
+        f"{config.out}: {count} images of {images.shape[2]}x{images.shape[1]}, {config.num_inference_steps} steps of "
+        f"{type(pipe.scheduler).__name__} in {seconds:.1f} s, {count / seconds:.1f} images/s ({device}, {config.dtype})"
+    )
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train a pipeline on MNIST or on images of your own."""
+    from mini_ddpm import training
+
+    folder = training.train(_parse(training.TrainConfig, "train", argv))
+    if os.environ.get("RANK", "0") == "0":  # one line from `accelerate launch` with many processes
+        print(f"{folder}: trained; draw from it with: mini-ddpm sample {folder}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sample": sample, "train": train}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 after a bad argument (one line on stderr), 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help())
+        elif argv[0] == "--version":
+            print(importlib.metadata.version("mini-ddpm"))
+        elif argv[0] not in COMMANDS:
+            raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}, or --help")
+        else:
+            COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("\nmini-ddpm: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("MINI_DDPM_DEBUG"):
+            raise
+        print(f"mini-ddpm: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:8}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
+    return f"""usage: mini-ddpm COMMAND [OPTIONS]
+
+A small, fast denoising diffusion model. Commands:
+
+{commands}
+
+  mini-ddpm COMMAND --help   the options of one command
+  mini-ddpm --version        the version
+
+Start with:
+
+  mini-ddpm sample                            a grid of digits, samples.png
+  mini-ddpm sample --class-labels 3 1 4       these digits
+  mini-ddpm sample --out film.webp            how they come out of the noise
+
+With MINI_DDPM_DEBUG=1 in the environment an error shows its traceback."""
+
+
+def _parse(config: type[ConfigT], command: str, argv: Sequence[str]) -> ConfigT:
+    """Fill a dataclass from flags, with tyro's boxed messages brought to one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(config, prog=f"mini-ddpm {command}", args=list(argv), config=_TYRO)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    # A box: title, message, and below a rule the help of the argument, which --help has too.
+    lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
+    message = " ".join(lines[:rule]) or stderr.getvalue()
+    raise ValueError(f"{message.rstrip('.')}; see mini-ddpm {command} --help")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in found.items() if there))
+    kind, _, index = name.partition(":")
+    if kind not in found or (index and not index.isdigit()):
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")
+    if not found[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; --device cpu always works")
+    return torch.device(name)
+
+
+def _scheduler_class(name: str) -> Any:
+    if name not in SCHEDULERS:
+        raise ValueError(f"--scheduler {name}: choose one of {', '.join(SCHEDULERS)}")
+    module, _, class_name = SCHEDULERS[name].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def _labels(
+    pipe: Any, asked: Sequence[str], count: int | None
+) -> tuple[list[int] | None, list[str] | None, int | None]:
+    """Class label of every image, their names, and the number of columns that puts one class in each column."""
+    if not hasattr(pipe, "get_label_ids"):
+        if asked:
+            raise ValueError(f"--class-labels {' '.join(asked)}: this pipeline is not class-conditional")
+        return None, None, None
+    names = pipe.config.id2label or {}
+    if asked:
+        is_number = [label.isdecimal() and label not in names.values() for label in asked]
+        cycle = pipe.get_label_ids([int(x) if number else x for x, number in zip(asked, is_number, strict=True)])
+    else:
+        cycle = list(range(pipe.unet.config.num_class_embeds - 1))  # the last one is the null label
+    labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if asked else 10))]
+    return labels, [names.get(label, str(label)) for label in labels], len(cycle) if len(cycle) <= 20 else None
+
+
+@contextlib.contextmanager
+def _replacing(out: Path, *, folder: bool) -> Iterator[Path]:
+    """Give a temporary name beside `out`; put it in the place of `out` when the block ends well, else remove it.
+
+    A file or folder that was there stays whole until then. A folder with files that are not ours is never replaced.
+    """
+    if folder and out.exists():
+        if not out.is_dir():
+            raise ValueError(f"--out {out} is a file; for a grid choose a name that ends in .png")
+        foreign = [path.name for path in out.iterdir() if not _FILES_OF_A_SAMPLE_FOLDER.fullmatch(path.name)]
+        if foreign:
+            raise ValueError(f"--out {out} holds other files ({foreign[0]}, ...); choose a new or an empty folder")
+    elif not folder and out.is_dir():
+        raise ValueError(f"--out {out} is a folder")
+    # Unlike tempfile's, this name keeps the suffix, and what is made has the permissions the user's umask gives.
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir() if folder else temporary.touch()
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        if folder and out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _save_folder(folder: Path, images: np.ndarray[Any, Any], names: Sequence[str] | None) -> None:
+    from PIL import Image
+
+    digits = max(5, math.ceil(math.log10(len(images) + 1)))
+    for i, image in enumerate(images):
+        label = "" if names is None else "_" + re.sub(r"[^\w-]+", "-", names[i])
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            folder / f"{i:0{digits}}{label}.png"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

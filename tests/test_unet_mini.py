@@ -1,0 +1,189 @@
+"""The U-Net: any size, any dtype, every parameter used, and the small pieces equal to their formulas."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mini_ddpm.unet_mini import PRESETS, MiniUNet2DModel, timestep_embedding
+
+TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+
+
+def tiny(**overrides):
+    """A network of a few thousand parameters whose zero-initialised layers are not zero, so that all of it matters."""
+    torch.manual_seed(0)
+    unet = MiniUNet2DModel(**{**TINY, **overrides})
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return unet.eval()
+
+
+@pytest.mark.parametrize("size", [(28, 28), (7, 7), (33, 33), (5, 28), (1, 1)])
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_any_size(size, patch_size):
+    unet = tiny(patch_size=patch_size, down_block_types=("DownBlock2D", "AttnDownBlock2D"))
+    sample = torch.randn(2, 1, *size)
+    output = unet(sample, 5).sample
+    assert output.shape == sample.shape
+    assert output.isfinite().all() and output.std() > 0
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_channel_count_and_learned_variance(channels):
+    unet = tiny(in_channels=channels, out_channels=2 * channels)
+    assert unet(torch.randn(2, channels, 14, 14), 5).sample.shape == (2, 2 * channels, 14, 14)
+
+
+def test_padding_of_odd_sizes_does_not_leak_into_even_ones():
+    # Where the patches divide the image, padding must not happen: the same pixels give the same output as without a
+    # patch remainder elsewhere in the code path.
+    unet = tiny()
+    sample = torch.randn(1, 1, 28, 28)
+    assert torch.equal(unet(sample, 3).sample, unet(sample.clone(), 3).sample)
+    cropped, padded = sample[..., :27, :27], sample.clone()
+    padded[..., 27, :], padded[..., :, 27] = padded[..., 26, :], padded[..., :, 26]
+    padded[..., 27, 27] = sample[..., 26, 26]
+    torch.testing.assert_close(unet(cropped, 3).sample, unet(padded, 3).sample[..., :27, :27])
+
+
+@pytest.mark.parametrize("num_class_embeds", [None, 11])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_gets_a_gradient(preset, num_class_embeds):
+    small = {"mini": TINY}.get(preset, {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4})
+    torch.manual_seed(0)
+    unet = MiniUNet2DModel.from_preset(preset, num_class_embeds=num_class_embeds, **small)
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    labels = torch.arange(11) if num_class_embeds else None
+    unet(torch.randn(11, 1, 28, 28), torch.arange(11) * 90, labels).sample.square().mean().backward()
+    without = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_starts_as_zero():
+    # The zero-initialised head predicts nothing at first, so the first loss is that of predicting the mean.
+    assert not MiniUNet2DModel(**TINY)(torch.randn(2, 1, 28, 28), 5).sample.any()
+
+
+@pytest.mark.parametrize(
+    "timestep", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.full((3,), 7), torch.full((3,), 7.0)]
+)
+def test_timesteps_broadcast(timestep):
+    unet, sample = tiny(), torch.randn(3, 1, 14, 14)
+    torch.testing.assert_close(unet(sample, timestep).sample, unet(sample, torch.tensor([7, 7, 7])).sample)
+
+
+def test_timesteps_and_labels_matter_row_by_row():
+    unet = tiny(num_class_embeds=11)
+    sample = torch.randn(1, 1, 14, 14).expand(4, -1, -1, -1)
+    output = unet(sample, torch.tensor([1, 900, 1, 1]), torch.tensor([2, 2, 3, 10])).sample
+    for row in (1, 2, 3):
+        assert (output[0] - output[row]).abs().max() > 1e-4
+
+
+def test_no_label_is_the_null_label():
+    unet, sample = tiny(num_class_embeds=11), torch.randn(2, 1, 14, 14)
+    assert torch.equal(unet(sample, 5).sample, unet(sample, 5, torch.tensor([10, 10])).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    unet, sample = tiny(), torch.randn(2, 1, 28, 28)
+    expected = unet(sample, 999).sample
+    actual = unet.to(dtype)(sample.to(dtype), 999).sample
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_timestep_embedding_is_its_formula_also_in_half_precision():
+    emb = timestep_embedding(torch.tensor([999.0], dtype=torch.float16).long(), 8)
+    for i in range(4):
+        phase = 999 * 10_000 ** (-i / 4)
+        assert emb[0, i].item() == pytest.approx(math.cos(phase), abs=1e-4)
+        assert emb[0, 4 + i].item() == pytest.approx(math.sin(phase), abs=1e-4)
+
+
+def test_channels_last_changes_nothing():
+    unet, sample = tiny(), torch.randn(2, 1, 28, 28)
+    expected = unet(sample, 5).sample
+    torch.testing.assert_close(unet.to(memory_format=torch.channels_last)(sample, 5).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    unet, sample, timesteps = tiny(), torch.randn(5, 1, 28, 28), torch.tensor([1, 10, 100, 500, 999])
+    output = unet(sample, timesteps).sample
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(unet(sample[order], timesteps[order]).sample, output[order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(unet(sample[2:3], timesteps[2:3]).sample, output[2:3], atol=1e-5, rtol=1e-4)
+
+
+def test_config_round_trip(tmp_path):
+    unet = tiny(num_class_embeds=11, patch_size=1, dropout=0.1, sample_size=(28, 20))
+    unet.save_pretrained(tmp_path)
+    again = MiniUNet2DModel.from_pretrained(tmp_path)
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in unet.config.items() if k[0] != "_"} == {
+        k: list(v) if isinstance(v, tuple) else v for k, v in again.config.items() if k[0] != "_"
+    }
+    sample = torch.randn(1, 1, 28, 20)
+    torch.testing.assert_close(again(sample, 5).sample, unet(sample, 5).sample)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    sample, gradients = torch.randn(2, 1, 14, 14), []
+    for checkpointing in (False, True):
+        unet = tiny().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet(sample, 5).sample.square().mean().backward()
+        gradients.append([p.grad for p in unet.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_fused_qkv_gives_the_same_output():
+    unet, sample = tiny(), torch.randn(2, 1, 14, 14)
+    expected = unet(sample, 5).sample
+    unet.fuse_qkv_projections()
+    assert any("to_qkv" in name for name, _ in unet.named_modules())
+    torch.testing.assert_close(unet(sample, 5).sample, expected)
+    unet.unfuse_qkv_projections()
+    torch.testing.assert_close(unet(sample, 5).sample, expected)
+
+
+def test_attention_is_softmax_attention():
+    attention = tiny().mid_block.attentions[0]
+    hidden = torch.randn(2, 16, 3, 5)
+    tokens = attention.norm(hidden).flatten(2).transpose(1, 2)
+    q, k, v = (layer(tokens).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    mixed = (q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1) @ v
+    out = attention.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(hidden.shape)
+    torch.testing.assert_close(attention(hidden), hidden + out)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"block_out_channels": (10, 16)}, "norm_num_groups=4"),
+        ({"block_out_channels": (8, 12), "norm_num_groups": 4}, "attention_head_dim=8"),
+        ({"down_block_types": ("DownBlock2D",)}, "block_out_channels 2"),
+        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "CrossAttnDownBlock2D"),
+        ({"num_class_embeds": 1}, "num_class_embeds=1"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(config, named):
+    with pytest.raises(ValueError, match=named):
+        MiniUNet2DModel(**{**TINY, **config})
+
+
+def test_wrong_input_is_refused():
+    unet = tiny()
+    with pytest.raises(ValueError, match="3 channels"):
+        unet(torch.randn(1, 3, 28, 28), 5)
+    with pytest.raises(ValueError, match="unconditional"):
+        unet(torch.randn(1, 1, 28, 28), 5, torch.tensor([1]))
+    with pytest.raises(ValueError, match="tutorial-32"):
+        MiniUNet2DModel.from_preset("huge")
