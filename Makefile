@@ -42,15 +42,15 @@ $(BIN)/python:
 # torch goes first and alone: the packages after it then find it there, and none of them can pull another build.
 $(VENV)/torch.stamp: constraints.txt | $(BIN)/python
 	@echo "installing torch into $(VENV) ..."
-	$(PIP_INSTALL) torch
+	@$(PIP_INSTALL) torch
 	@touch $@
 
 $(VENV)/base.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing mini-ddpm and what it needs into $(VENV) ..."
-	$(PIP_INSTALL) --editable .
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing mini-ddpm with everything its tests need into $(VENV) ..."
-	$(PIP_INSTALL) --editable ".[dev]"
+	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/base.stamp

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-ConfigT = TypeVar("ConfigT")
+    from mini_ddpm.training import TrainConfig
 
 # name on the command line: module and class, made with `from_config` from the scheduler the pipeline came with
 SCHEDULERS = {
@@ -35,7 +35,6 @@ SCHEDULERS = {
     "ddim": "mini_ddpm.MiniDDIMScheduler",
     "dpmsolver++": "diffusers.DPMSolverMultistepScheduler",
     "unipc": "diffusers.UniPCMultistepScheduler",
-    "deis": "diffusers.DEISMultistepScheduler",
     "heun": "diffusers.HeunDiscreteScheduler",
     "euler": "diffusers.EulerDiscreteScheduler",
     "euler-ancestral": "diffusers.EulerAncestralDiscreteScheduler",
@@ -56,7 +55,7 @@ class SampleConfig:
     """What to draw, by name or number, e.g. 3 1 4: one image each, or in turn up to --num-images. None: all."""
 
     num_images: int | None = None
-    """How many images. None: one per label given, else 10 per class, or 64 where there are no classes."""
+    """How many images. None: one per label given, else 10 per class (2 in a film), or 64 (16) without classes."""
 
     num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 50
     """Denoising steps. More is slower; 20 are nearly as good as 50."""
@@ -86,9 +85,8 @@ class SampleConfig:
     """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
 
 
-def sample(argv: Sequence[str]) -> None:
+def sample(config: SampleConfig) -> None:
     """Draw images with trained weights: a grid, a folder, arrays, or a film."""
-    config = _parse(SampleConfig, "sample", argv)
     if config.num_images is not None and config.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, not {config.num_images}")
     if config.batch_size < 1:
@@ -101,25 +99,28 @@ def sample(argv: Sequence[str]) -> None:
     with _replacing(config.out, folder=kind == "") as target:
         import numpy as np
         import torch
+        from diffusers.utils import logging as diffusers_logging
 
         from mini_ddpm import hub, plots
 
         device = _device(config.device)
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
-        pipe = hub.load_pipeline(config.pipeline)
+        diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
+        pipe: Any = hub.load_pipeline(config.pipeline, dtype=dtype)
         if config.scheduler is not None:
             pipe.scheduler = _scheduler_class(config.scheduler).from_config(pipe.scheduler.config)
-        pipe.to(device, dtype)
+        pipe.to(device)
 
-        labels, names, columns = _labels(pipe, config.class_labels, config.num_images)
-        count = len(labels) if labels else config.num_images or 64
+        film = kind in (".gif", ".webp")
+        rows = 2 if film else 10  # frames of noise do not compress: 100 images would make a film of 15 MB
+        labels, names, columns = _labels(pipe, config.class_labels, config.num_images, rows)
+        count = len(labels) if labels else config.num_images or (16 if film else 64)
         options: dict[str, Any] = {"num_inference_steps": config.num_inference_steps, "eta": config.eta}
         if config.guidance_scale is not None:
             if labels is None:
                 raise ValueError(f"--guidance-scale: {config.pipeline} is not class-conditional")
             options["guidance_scale"] = config.guidance_scale
 
-        film = kind in (".gif", ".webp")
         started = time.perf_counter()
         batches = []
         for first in range(0, count, config.batch_size):
@@ -142,26 +143,31 @@ def sample(argv: Sequence[str]) -> None:
         elif kind == ".png":
             plots.sample_grid(images, names, columns=columns).save(target)
         elif kind == ".npz":
-            arrays = {"images": images, "seeds": config.seed + np.arange(count)}
+            arrays: dict[str, Any] = {"images": images, "seeds": config.seed + np.arange(count)}
             np.savez_compressed(target, **arrays | ({} if labels is None else {"class_labels": np.array(labels)}))
         else:
             _save_folder(target, images, names)
+    height, width = images.shape[1:3]
     print(
-        f"{config.out}: {count} images of {images.shape[2]}x{images.shape[1]}, {config.num_inference_steps} steps of "
-        f"{type(pipe.scheduler).__name__} in {seconds:.1f} s, {count / seconds:.1f} images/s ({device}, {config.dtype})"
+        f"{config.out}: {count} images of {width}x{height}, {config.num_inference_steps} steps of "
+        f"{type(pipe.scheduler).__name__}, {seconds:.1f} s, {count / seconds:.1f} images/s ({device}, {config.dtype})"
     )
 
 
-def train(argv: Sequence[str]) -> None:
+def train(config: TrainConfig) -> None:
     """Train a pipeline on MNIST or on images of your own."""
     from mini_ddpm import training
 
-    folder = training.train(_parse(training.TrainConfig, "train", argv))
+    folder = training.train(config)
     if os.environ.get("RANK", "0") == "0":  # one line from `accelerate launch` with many processes
         print(f"{folder}: trained; draw from it with: mini-ddpm sample {folder}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sample": sample, "train": train}
+# What runs, and the dataclass its flags are made from, imported only when the command is asked for.
+COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "sample": (sample, "mini_ddpm_cli.SampleConfig"),
+    "train": (train, "mini_ddpm.training.TrainConfig"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,14 +178,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help())
         elif argv[0] == "--version":
             print(importlib.metadata.version("mini-ddpm"))
-        elif argv[0] not in COMMANDS:
-            raise ValueError(f"unknown command {argv[0]!r}; choose one of {', '.join(COMMANDS)}, or --help")
         else:
-            COMMANDS[argv[0]](argv[1:])
+            config = parse(argv)
+            COMMANDS[argv[0]][0](config)
+    except BrokenPipeError:  # `mini-ddpm sample --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nmini-ddpm: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("MINI_DDPM_DEBUG"):
             raise
         print(f"mini-ddpm: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
@@ -188,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:8}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
+    commands = "\n".join(f"  {name:8}{(run.__doc__ or '').splitlines()[0]}" for name, (run, _) in COMMANDS.items())
     return f"""usage: mini-ddpm COMMAND [OPTIONS]
 
 A small, fast denoising diffusion model. Commands:
@@ -207,16 +215,25 @@ Start with:
 With MINI_DDPM_DEBUG=1 in the environment an error shows its traceback."""
 
 
-def _parse(config: type[ConfigT], command: str, argv: Sequence[str]) -> ConfigT:
-    """Fill a dataclass from flags, with tyro's boxed messages brought to one line."""
+def parse(argv: Sequence[str]) -> Any:
+    """Turn a command and its flags into the command's configuration.
+
+    Raises:
+        ValueError: There is no such command or flag, or a flag's value is of another type.
+        SystemExit: With code 0 after `--help`.
+    """
+    command, *flags = argv
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}, or --help")
+    config = _import(COMMANDS[command][1])
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(config, prog=f"mini-ddpm {command}", args=list(argv), config=_TYRO)
+            return tyro.cli(config, prog=f"mini-ddpm {command}", args=flags, config=_TYRO)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # A box: title, message, and below a rule the help of the argument, which --help has too.
+    # tyro draws a box: title, message, and below a rule the help of the argument, which --help has too.
     lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     message = " ".join(lines[:rule]) or stderr.getvalue()
@@ -240,12 +257,16 @@ def _device(name: str) -> torch.device:
 def _scheduler_class(name: str) -> Any:
     if name not in SCHEDULERS:
         raise ValueError(f"--scheduler {name}: choose one of {', '.join(SCHEDULERS)}")
-    module, _, class_name = SCHEDULERS[name].rpartition(".")
-    return getattr(importlib.import_module(module), class_name)
+    return _import(SCHEDULERS[name])
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _labels(
-    pipe: Any, asked: Sequence[str], count: int | None
+    pipe: Any, asked: Sequence[str], count: int | None, rows: int
 ) -> tuple[list[int] | None, list[str] | None, int | None]:
     """Class label of every image, their names, and the number of columns that puts one class in each column."""
     if not hasattr(pipe, "get_label_ids"):
@@ -258,7 +279,7 @@ def _labels(
         cycle = pipe.get_label_ids([int(x) if number else x for x, number in zip(asked, is_number, strict=True)])
     else:
         cycle = list(range(pipe.unet.config.num_class_embeds - 1))  # the last one is the null label
-    labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if asked else 10))]
+    labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if asked else rows))]
     return labels, [names.get(label, str(label)) for label in labels], len(cycle) if len(cycle) <= 20 else None
 
 

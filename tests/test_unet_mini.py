@@ -70,7 +70,8 @@ def test_starts_as_zero():
 
 
 @pytest.mark.parametrize(
-    "timestep", [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.full((3,), 7), torch.full((3,), 7.0)]
+    "timestep",
+    [7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor([7]), torch.full((3,), 7), torch.full((3,), 7.0)],
 )
 def test_timesteps_broadcast(timestep):
     unet, sample = tiny(), torch.randn(3, 1, 14, 14)
@@ -110,7 +111,9 @@ def test_timestep_embedding_is_its_formula_also_in_half_precision():
 def test_channels_last_changes_nothing():
     unet, sample = tiny(), torch.randn(2, 1, 28, 28)
     expected = unet(sample, 5).sample
-    torch.testing.assert_close(unet.to(memory_format=torch.channels_last)(sample, 5).sample, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        unet.to(memory_format=torch.channels_last)(sample, 5).sample, expected, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_images_of_a_batch_do_not_see_each_other():
@@ -158,7 +161,10 @@ def test_attention_is_softmax_attention():
     attention = tiny().mid_block.attentions[0]
     hidden = torch.randn(2, 16, 3, 5)
     tokens = attention.norm(hidden).flatten(2).transpose(1, 2)
-    q, k, v = (layer(tokens).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    q, k, v = (
+        layer(tokens).unflatten(-1, (2, 8)).transpose(1, 2)
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
     mixed = (q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1) @ v
     out = attention.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(hidden.shape)
     torch.testing.assert_close(attention(hidden), hidden + out)

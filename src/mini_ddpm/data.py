@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class ImageDataset(Dataset[dict[str, Any]]):
     """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
 
-    Unlabelled datasets have no `"class_labels"`. Made by [`image_dataset`].
+    Unlabelled datasets have no `"class_labels"`. Made by [`image_dataset`]. All pictures are grey or all are colour,
+    as the first is; 16-bit grey is scaled to 8 bits, and what is transparent shows white.
 
     Attributes:
         shape: (C, H, W) of every picture; C is 1 for grey and 3 for colour.
@@ -36,15 +38,20 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._image_column = image_column
         self._resolution = resolution
         self._mode: str | None = None
-        self._mode = "L" if self._decode(0).mode in ("1", "L", "I", "I;16", "F", "LA") else "RGB"
-        self.shape: tuple[int, int, int] = self.pixels(0).shape  # type: ignore[assignment]
+        self._mode = "L" if self._decode(0).mode in ("1", "L", "LA") else "RGB"
+        self.shape: tuple[int, int, int] = self.pixels(0).shape
         self.id2label: dict[int, str] | None = None
         self._labels: list[int] | None = None
         if label_column is not None:
             self._labels = list(rows[label_column])
-            if not all(isinstance(label, int) and label >= 0 for label in self._labels):
-                raise ValueError(f"Label column {label_column!r} must hold class indices from 0 for every image.")
             names = getattr(rows.features[label_column], "names", None)
+            limit = len(names) if names else math.inf
+            for index, label in enumerate(self._labels):
+                if type(label) is not int or not 0 <= label < limit:
+                    raise ValueError(
+                        f"Label column {label_column!r} must hold a class index, 0 to {limit - 1 if names else '...'}, "
+                        f"for every image, but image {self._name(index)} has {label!r}."
+                    )
             self.id2label = dict(enumerate(names or map(str, range(max(self._labels) + 1))))
 
     def __len__(self) -> int:
@@ -95,17 +102,35 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return torch.from_numpy(images), torch.tensor(self._labels) if self._labels is not None else None
 
     def _decode(self, index: int) -> Image.Image:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         record = self._rows[index][self._image_column]
         try:
-            image = Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
-            return image.convert(self._mode) if self._mode is not None else image.copy()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Image {self._name(index)} cannot be decoded ({error}). Remove or replace it.") from error
+            if record is None:
+                raise ValueError("there is none in this row")
+            image: Image.Image
+            with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as file:
+                image = ImageOps.exif_transpose(file)  # decodes the pixels too: opening reads the header only
+            if image.mode == "I" or image.mode.startswith("I;16"):  # which `convert` would clip at 255
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError("its pixels have more than 16 bits")
+                image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of unknown range")
+            elif image.has_transparency_data:
+                grey = image.mode in ("1", "L", "LA")
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert("L" if grey else "RGB")
+            return image if self._mode is None else image.convert(self._mode)
+        except Exception as error:  # a damaged file makes PIL raise a dozen types
+            raise ValueError(
+                f"Image {self._name(index)} cannot be decoded ({error}). Remove or replace it."
+            ) from error
 
     def _name(self, index: int) -> str:
-        path = self._rows[index][self._image_column]["path"]
+        path = (self._rows[index][self._image_column] or {}).get("path")
         return f"{path!r} (number {index})" if path else f"number {index}"
 
 
@@ -133,24 +158,18 @@ def image_dataset(
             are, and must all have one size.
 
     Raises:
-        ValueError: There is no such dataset, split or column, it holds no images, or the first picture is corrupt.
+        ValueError: There is no such dataset, split or column, it holds no images, a label is no class index, or the
+            first picture is corrupt.
     """
     import datasets
 
     if resolution is not None and resolution < 1:
         raise ValueError(f"resolution={resolution} must be a positive number of pixels.")
-    looks_local = Path(name).is_absolute() or str(name).startswith((".", "~")) or Path(name).exists()
     folder = Path(name).expanduser()
-    if looks_local and not folder.is_dir():
-        raise ValueError(f"{name} is no folder of images.")
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(str(folder) if looks_local else str(name), split=split)
-    except Exception as error:  # `datasets` raises a dozen unrelated types here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"Cannot open dataset {str(name)!r}, split {split!r}: {reason}") from error
-    finally:
-        datasets.enable_progress_bars()
+    is_local = folder.exists() or folder.is_absolute() or str(name).startswith((".", "~"))
+    if is_local and not folder.is_dir():
+        raise ValueError(f"Dataset {str(name)!r} is {'a file, not a folder' if folder.exists() else 'not there'}.")
+    rows = _load(str(folder if is_local else name), split, is_local)
 
     columns = ", ".join(rows.column_names)
     for column in (image_column, label_column):
@@ -171,3 +190,34 @@ def image_dataset(
     except Exception as error:
         raise ValueError(f"Column {image_column!r} of {str(name)!r} holds no images.") from error
     return ImageDataset(rows, image_column, label_column, resolution)
+
+
+def _load(name: str, split: str, is_local: bool) -> datasets.Dataset:
+    """Opens one split of a folder, or of a Hub dataset, which need not be reached if it is in the cache."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    was_offline, had_progress_bars = datasets.config.HF_HUB_OFFLINE, not datasets.are_progress_bars_disabled()
+    hint = ""
+    if not is_local:
+        hint = " It is not a folder either."
+        try:
+            HfApi().dataset_info(name, timeout=10)
+        except (HfHubHTTPError, HFValidationError):
+            pass  # the Hub has answered, or the name is none; `datasets` says more
+        except Exception:
+            # `datasets` would try for half a minute before it looks into its cache.
+            datasets.config.HF_HUB_OFFLINE = True
+            hint = ", and it is not in the cache. Connect to the network, or pass a folder."
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # `datasets` raises a dozen unrelated types here
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        lines = str(cause or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"Cannot open dataset {name!r}, split {split!r}: {lines[0]}{hint}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+        if had_progress_bars:
+            datasets.enable_progress_bars()

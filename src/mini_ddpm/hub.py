@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -81,7 +82,7 @@ def _explain(name: str, causes: list[Any], kwargs: dict[str, Any]) -> str:
         (RevisionNotFoundError, f"The repository {name} has no revision {revision!r}."),
         (HFValidationError, f"{name!r} is neither a folder nor a valid name of a repository on the Hub (user/name)."),
         (
-            LocalEntryNotFoundError,
+            (LocalEntryNotFoundError, OfflineModeIsEnabled),
             f"The repository {name} (revision {revision!r}) is not in the local cache, and the Hub cannot be reached"
             " or was not to be asked.",
         ),
@@ -116,7 +117,7 @@ def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
             raise OSError(f"{folder} is an incomplete pipeline: it has no {part}/{config_file.name}.")
         config = _read_config(config_file, part_class)
         _check_keys(config_file, config, part_class)
-        if issubclass(part_class, diffusers.ModelMixin):
+        if issubclass(part_class, diffusers.ModelMixin) and kwargs["use_safetensors"]:
             _check_weights(folder / part, config, part_class, kwargs.get("variant"))
 
 

@@ -8,7 +8,6 @@ needs as well are therefore written out in both files, word for word; a test com
 import hashlib
 import inspect
 import json
-import numbers
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -113,7 +112,14 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: An argument is out of its range, or the scheduler belongs to another process.
         """
         self._check_inputs(
-            batch_size, num_inference_steps, height, width, generator, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            num_inference_steps,
+            eta,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         latents = self._prepare_latents(batch_size, height, width, generator, latents)
         return self._denoise(
@@ -150,6 +156,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         batch_size: int,
         num_inference_steps: int,
+        eta: float,
         height: int | None,
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -166,7 +173,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
         counts |= {name: n for name, n in (("height", height), ("width", width)) if n is not None}
         for name, n in counts.items():
-            if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
                 raise ValueError(f"`{name}` must be a whole number, at least 1, but is {n!r}.")
         limit = self.scheduler.config.num_train_timesteps
         if num_inference_steps > limit:
@@ -174,6 +181,8 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"`num_inference_steps` must be at most {limit}, the scheduler's `num_train_timesteps`,"
                 f" but is {num_inference_steps}."
             )
+        if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
+            raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images; give one each.")
         if output_type not in OUTPUT_TYPES:
@@ -241,6 +250,10 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Runs the loop x_T -> x_0 from noise (B, C, H, W); `tensors` are what `_predict` takes besides x_t and t."""
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if hasattr(scheduler, "set_begin_index"):
+            # Else those that count steps look the first timestep up, and take its second place where a Karras grid has
+            # it twice: they then start one step late and run off the end.
+            scheduler.set_begin_index(0)
         latents = latents * scheduler.init_noise_sigma
         channels = latents.shape[1]
 
@@ -328,9 +341,13 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         for models that are in use. So a file's name ends in a hash of its content, made anew here: two versions never
         collide, and saving what was itself loaded from such a file gives the same name again.
         """
+
+        def write(file: Path, config: dict[str, Any]) -> None:
+            config.pop("_name_or_path", None)  # a path on this machine is nobody's business
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
         folder = Path(json_file_path).parent
         index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # where this machine found it is nobody's business
         for key, part in {"_class_name": self, **self.components}.items():
             cls = type(getattr(part, "_orig_mod", part))  # `torch.compile` wraps
             portable = PORTABLE_MODULE.fullmatch(cls.__module__.rpartition(".")[2])
@@ -346,4 +363,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
                     old.unlink()
             (target / f"{stem}.py").write_bytes(source)
             index[key] = [stem, cls.__name__]
-        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            config_file = target / cls.config_name
+            if part is not self and config_file.is_file():
+                write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
+        write(Path(json_file_path), index)

@@ -8,7 +8,6 @@ needs as well are therefore written out in both files, word for word; a test com
 import hashlib
 import inspect
 import json
-import numbers
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -139,12 +138,19 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             TypeError: A label is neither an integer nor a name.
         """
         labels = self.get_label_ids(class_labels)
-        if not isinstance(guidance_scale, numbers.Real) or not np.isfinite(guidance_scale):
+        if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
         self._guidance_scale = guidance_scale
         batch_size = len(labels)
         self._check_inputs(
-            batch_size, num_inference_steps, height, width, generator, output_type, callback_on_step_end_tensor_inputs
+            batch_size,
+            num_inference_steps,
+            eta,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         latents = self._prepare_latents(batch_size, height, width, generator, latents)
         return self._denoise(
@@ -169,10 +175,10 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, (str, numbers.Number)):
-            class_labels = [class_labels]  # type: ignore[list-item]
-        if not isinstance(class_labels, Sequence) or not class_labels:
-            raise ValueError(f"`class_labels` must be a label, a name or a list of them, but is {class_labels!r}.")
+        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
+            class_labels = [class_labels]
+        if not class_labels:
+            raise ValueError("`class_labels` is empty; give one label for each image.")
 
         names = {name: label for label, name in (self.config.id2label or {}).items()}
         labels = []
@@ -181,7 +187,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
                 known = f"one of {', '.join(names)}" if names else "an integer, since the pipeline has no `id2label`"
                 raise ValueError(f"Unknown class label {given!r}; it must be {known}.")
             label = names[given] if isinstance(given, str) else given
-            if isinstance(label, bool) or not isinstance(label, numbers.Integral):
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
                 raise TypeError(f"A class label must be an integer or a name, but one is {given!r}.")
             if not 0 <= label < count:
                 raise ValueError(
@@ -224,6 +230,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         batch_size: int,
         num_inference_steps: int,
+        eta: float,
         height: int | None,
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -240,7 +247,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
         counts |= {name: n for name, n in (("height", height), ("width", width)) if n is not None}
         for name, n in counts.items():
-            if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
                 raise ValueError(f"`{name}` must be a whole number, at least 1, but is {n!r}.")
         limit = self.scheduler.config.num_train_timesteps
         if num_inference_steps > limit:
@@ -248,6 +255,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"`num_inference_steps` must be at most {limit}, the scheduler's `num_train_timesteps`,"
                 f" but is {num_inference_steps}."
             )
+        if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
+            raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images; give one each.")
         if output_type not in OUTPUT_TYPES:
@@ -315,6 +324,10 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Runs the loop x_T -> x_0 from noise (B, C, H, W); `tensors` are what `_predict` takes besides x_t and t."""
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if hasattr(scheduler, "set_begin_index"):
+            # Else those that count steps look the first timestep up, and take its second place where a Karras grid has
+            # it twice: they then start one step late and run off the end.
+            scheduler.set_begin_index(0)
         latents = latents * scheduler.init_noise_sigma
         channels = latents.shape[1]
 
@@ -402,9 +415,13 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         for models that are in use. So a file's name ends in a hash of its content, made anew here: two versions never
         collide, and saving what was itself loaded from such a file gives the same name again.
         """
+
+        def write(file: Path, config: dict[str, Any]) -> None:
+            config.pop("_name_or_path", None)  # a path on this machine is nobody's business
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
         folder = Path(json_file_path).parent
         index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # where this machine found it is nobody's business
         for key, part in {"_class_name": self, **self.components}.items():
             cls = type(getattr(part, "_orig_mod", part))  # `torch.compile` wraps
             portable = PORTABLE_MODULE.fullmatch(cls.__module__.rpartition(".")[2])
@@ -420,4 +437,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
                     old.unlink()
             (target / f"{stem}.py").write_bytes(source)
             index[key] = [stem, cls.__name__]
-        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            config_file = target / cls.config_name
+            if part is not self and config_file.is_file():
+                write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
+        write(Path(json_file_path), index)

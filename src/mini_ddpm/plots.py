@@ -86,7 +86,7 @@ def sample_grid(
     font = ImageFont.load_default(size=max(10, min(20, height // 3)))
     caption = 0 if texts is None else math.ceil(font.getbbox("Ag")[3]) + _GAP
     # a long name widens its column, so that it is not written over its neighbour
-    cell = max([width] + [math.ceil(font.getlength(text)) + _GAP for text in texts or ()])
+    cell = max([width] + [math.ceil(font.getlength(text)) + 3 * _GAP for text in texts or ()])
     heads = caption if once else caption * rows
     size = (_GAP + columns * (cell + _GAP), _GAP + rows * (height + _GAP) + heads)
     page = Image.new("RGB", size, _PAPER)

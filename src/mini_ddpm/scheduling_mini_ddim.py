@@ -35,6 +35,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 # Keys whose default here is not the default of diffusers' schedulers.
 OWN_DEFAULTS = ("beta_schedule", "timestep_spacing")
+ZERO = torch.zeros((), device="cpu")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -124,15 +125,24 @@ def spaced_timesteps(
     return timesteps + min(steps_offset, num_train_timesteps - 1 - int(timesteps[0]))
 
 
-def axpy(coefficient: float | torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return coefficient * x + y as one kernel."""
+def scaled(coefficient: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return coefficient * x in a tensor of its own."""
     if isinstance(coefficient, float):
-        return torch.add(y, x, alpha=coefficient)
-    return torch.addcmul(y, coefficient, x)
+        return torch.add(
+            ZERO, x, alpha=coefficient
+        )  # float * x would make a tensor of the float first: twice the time
+    return coefficient * x
+
+
+def add_scaled_(y: torch.Tensor, coefficient: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add coefficient * x to y in place, in one kernel, and return y."""
+    if isinstance(coefficient, float):
+        return y.add_(x, alpha=coefficient)
+    return y.addcmul_(coefficient, x)
 
 
 def split_output(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split what a model with learned variance returns, (B, 2C, ...), into two (B, C, ...); else there is no second."""
+    """Split what a model with learned variance returns, (B, 2C, ...), in two (B, C, ...); else there is no second."""
     if model_output.shape == sample.shape:
         return model_output, None
     if sample.ndim < 2 or model_output.shape != (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:]):
@@ -169,9 +179,9 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Sampler of DDIM (2010.02502): deterministic at η = 0, as noisy as DDPM at η = 1, good in few steps.
 
     A drop-in for diffusers' `DDIMScheduler`: the same config keys, the same calls, equal results. It differs where
-    that one errs: the previous timestep is the next of `timesteps`, also where the step count does not divide T; `trailing`
-    spacing has exactly n steps, nothing is added at the last step, half precision keeps the noise of the first
-    timesteps, zero terminal SNR is finite. Its defaults are the cosine schedule and `trailing`.
+    that one errs: the previous timestep is the next of `timesteps`, also where the step count does not divide T;
+    `trailing` spacing has exactly n steps, nothing is added at the last step, half precision keeps the noise of the
+    first timesteps, zero terminal SNR is finite. Its defaults are the cosine schedule and `trailing`.
 
     Args:
         num_train_timesteps: T, at least 1.
@@ -225,9 +235,10 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing",
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self._set_up_noise_schedule()
-        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        self._lay_out_steps(None)
+        with torch.device("cpu"):  # also where the user has set another default device
+            self._set_up_noise_schedule()
+            self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+            self._lay_out_steps(None)
 
     def _set_up_noise_schedule(self) -> None:
         """Check the config and make what depends on nothing but it: betas, ᾱ, the full chain of timesteps."""
@@ -294,7 +305,7 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give either `num_inference_steps` or `timesteps`, one of the two.")
         if timesteps is not None:
-            chosen = torch.as_tensor(timesteps).cpu()
+            chosen = torch.as_tensor(timesteps, device="cpu")
             if chosen.ndim != 1 or len(chosen) == 0 or chosen.is_floating_point():
                 raise ValueError(f"`timesteps` must be a non-empty list of integers; got {timesteps!r}.")
             chosen = chosen.long()
@@ -310,16 +321,18 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"`num_inference_steps` must be within [1, {total}], the timesteps trained on; "
                     f"got {num_inference_steps}."
                 )
-            chosen = spaced_timesteps(
-                self.config.timestep_spacing, total, int(num_inference_steps), self.config.steps_offset
-            )
+            with torch.device("cpu"):
+                chosen = spaced_timesteps(
+                    self.config.timestep_spacing, total, int(num_inference_steps), self.config.steps_offset
+                )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
-        # A step goes to the next of the timesteps. One from a t that is not among them goes as far as diffusers' goes.
-        self._previous = torch.arange(total) - total // len(chosen)
-        self._previous[chosen] = torch.cat([chosen[1:], torch.tensor([-1])])
         self.timesteps = chosen.to(device)
-        self._lay_out_steps(device)
+        with torch.device("cpu"):
+            # A step goes to the next of the timesteps; from a t that is not among them as far as diffusers' goes.
+            self._previous = torch.arange(total) - total // len(chosen)
+            self._previous[chosen] = torch.cat([chosen[1:], torch.tensor([-1])])
+            self._lay_out_steps(device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
         """Return the timestep s that a step from `timestep` arrives at, below 0 at the end; 0-d, int64."""
@@ -348,7 +361,7 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _coefficients_at(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> Sequence[float | torch.Tensor]:
         """Look up the coefficients of the step from `timestep`: floats, or tensors that broadcast to `sample`."""
-        on_host = not isinstance(timestep, torch.Tensor) or (timestep.device.type == "cpu" and timestep.numel() == 1)
+        on_host = not isinstance(timestep, torch.Tensor) or (timestep.is_cpu and timestep.numel() == 1)
         if on_host and not torch.compiler.is_compiling():
             t = operator.index(timestep)
             if not 0 <= t < len(self._rows):
@@ -356,7 +369,10 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return self._rows[t]
         if self._table.device != sample.device:
             self._table = self._table.to(sample.device)
-        index = torch.as_tensor(timestep, device=sample.device).reshape(-1).long()
+        if isinstance(timestep, torch.Tensor):
+            index = timestep.reshape(-1).to(sample.device, torch.long)
+        else:  # an int while compiling; `as_tensor` would make each a constant and compile anew
+            index = torch.full((1,), timestep, device=sample.device)
         # Not `table[:, t]`: indexing with a 0-d tensor reads it on the host.
         rows = self._table.index_select(1, index)  # (columns, 1 or B)
         return rows.reshape(*rows.shape, *[1] * (sample.ndim - 1)).unbind(0)
@@ -376,12 +392,13 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return [torch.zeros_like(signal), torch.ones_like(signal)]
         return [signal, -noise]
 
-    def _bound_x0(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
-        """Threshold or clip x̂_0 as the config says."""
-        if self.config.thresholding:
+    def _bound_x0_(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
+        """Threshold x̂_0, or clip it in place, as the config says."""
+        config = self.config
+        if config.thresholding:
             return self._threshold_sample(pred_original_sample)
-        if self.config.clip_sample:
-            return pred_original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if config.clip_sample:
+            return pred_original_sample.clamp_(-config.clip_sample_range, config.clip_sample_range)
         return pred_original_sample
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
@@ -456,7 +473,8 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: `set_timesteps` was not called, η, timestep or a shape is out of range, a list of generators
                 has another length than B, or both `generator` and `variance_noise` are given.
         """
-        if self.num_inference_steps is None:
+        # Not while compiling: the graph would be tied to the number.
+        if not torch.compiler.is_compiling() and self.num_inference_steps is None:
             raise ValueError("Call `set_timesteps` before `step`: the number of inference steps is not known.")
         if not 0 <= eta <= 1:
             raise ValueError(f"`eta` must be within [0, 1]; got {eta!r}.")
@@ -468,23 +486,25 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if sample.dtype in (torch.float16, torch.bfloat16):
             prediction, x_t = prediction.float(), x_t.float()
 
-        # 1. x̂_0, raw and bounded
-        raw_x0 = axpy(from_output, prediction, from_sample * x_t)
-        pred_original_sample = self._bound_x0(raw_x0)
+        # 1. x̂_0, raw
+        pred_original_sample = add_scaled_(scaled(from_sample, x_t), from_output, prediction)
+        if use_clipped_model_output:
+            pred_original_sample = self._bound_x0_(pred_original_sample)
         # 2. The direction pointing to x_t. By x_t = √ᾱ_t x̂_0 + √(1-ᾱ_t) ε̂, which holds for each prediction type,
         # √(1-ᾱ_s-σ²) ε̂ = r (x_t - √ᾱ_t x̂_0) with r = √((1-ᾱ_s-σ²) / (1-ᾱ_t)) <= 1, so no digits are lost.
         ratio = noise_ratio * (1 - eta**2 * variance_share) ** 0.5 if eta > 0 else noise_ratio
-        base_x0 = pred_original_sample if use_clipped_model_output else raw_x0
-        direction = axpy(-ratio * signal, base_x0, ratio * x_t)
-        # 3. x_s without noise
-        prev_sample = axpy(signal_s, pred_original_sample, direction)
+        prev_sample = add_scaled_(scaled(ratio, x_t), -ratio * signal, pred_original_sample)
+        # 3. x_s without noise, from the bounded x̂_0
+        if not use_clipped_model_output:
+            pred_original_sample = self._bound_x0_(pred_original_sample)
+        prev_sample = add_scaled_(prev_sample, signal_s, pred_original_sample)
         # 4. noise
         if eta > 0 and (isinstance(std, torch.Tensor) or std > 0):
             if variance_noise is None:
                 variance_noise = draw_noise(model_output, generator)
             elif generator is not None:
                 raise ValueError("Give either `generator` or `variance_noise`, not both.")
-            prev_sample = axpy(eta * std, variance_noise, prev_sample)
+            prev_sample = add_scaled_(prev_sample, eta * std, variance_noise)
 
         if sample.dtype != prev_sample.dtype:
             prev_sample, pred_original_sample = prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
@@ -509,7 +529,7 @@ class MiniDDIMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             original_samples: x_0, (B, C, H, W).
             noise: ε, (B, C, H, W).
-            timesteps: t within [0, T - 1], which the caller sees to; one for all, 0-d or (1,), or one for each row, (B,).
+            timesteps: t within [0, T - 1], which the caller sees to; one for all, 0-d or (1,), or one per row, (B,).
 
         Returns:
             x_t, (B, C, H, W).

@@ -35,6 +35,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 # Keys whose default here is not the default of diffusers' schedulers.
 OWN_DEFAULTS = ("beta_schedule", "timestep_spacing")
+ZERO = torch.zeros((), device="cpu")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
@@ -125,15 +126,24 @@ def spaced_timesteps(
     return timesteps + min(steps_offset, num_train_timesteps - 1 - int(timesteps[0]))
 
 
-def axpy(coefficient: float | torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return coefficient * x + y as one kernel."""
+def scaled(coefficient: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return coefficient * x in a tensor of its own."""
     if isinstance(coefficient, float):
-        return torch.add(y, x, alpha=coefficient)
-    return torch.addcmul(y, coefficient, x)
+        return torch.add(
+            ZERO, x, alpha=coefficient
+        )  # float * x would make a tensor of the float first: twice the time
+    return coefficient * x
+
+
+def add_scaled_(y: torch.Tensor, coefficient: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Add coefficient * x to y in place, in one kernel, and return y."""
+    if isinstance(coefficient, float):
+        return y.add_(x, alpha=coefficient)
+    return y.addcmul_(coefficient, x)
 
 
 def split_output(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Split what a model with learned variance returns, (B, 2C, ...), into two (B, C, ...); else there is no second."""
+    """Split what a model with learned variance returns, (B, 2C, ...), in two (B, C, ...); else there is no second."""
     if model_output.shape == sample.shape:
         return model_output, None
     if sample.ndim < 2 or model_output.shape != (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:]):
@@ -170,8 +180,8 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Ancestral sampler of DDPM (2006.11239): one Gaussian step p(x_s | x_t) at a time.
 
     A drop-in for diffusers' `DDPMScheduler`: the same config keys, the same calls, equal results. It differs where
-    that one errs: `trailing` spacing has exactly n steps, nothing is added at the last step, half precision keeps the noise
-    of the first timesteps, zero terminal SNR is finite. Its defaults are the cosine schedule and `trailing`.
+    that one errs: `trailing` spacing has exactly n steps, nothing is added at the last step, half precision keeps the
+    noise of the first timesteps, zero terminal SNR is finite. Its defaults are the cosine schedule and `trailing`.
 
     Args:
         num_train_timesteps: T, at least 1.
@@ -229,10 +239,11 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self._set_up_noise_schedule()
-        self.final_alpha_cumprod = torch.tensor(1.0)
-        self.variance_type = variance_type
-        self._lay_out_steps(None)
+        self.variance_type = variance_type or "fixed_small"  # DPM-Solver's saved config says null
+        with torch.device("cpu"):  # also where the user has set another default device
+            self._set_up_noise_schedule()
+            self.final_alpha_cumprod = torch.tensor(1.0)
+            self._lay_out_steps(None)
 
     def _set_up_noise_schedule(self) -> None:
         """Check the config and make what depends on nothing but it: betas, ᾱ, the full chain of timesteps."""
@@ -299,7 +310,7 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Give either `num_inference_steps` or `timesteps`, one of the two.")
         if timesteps is not None:
-            chosen = torch.as_tensor(timesteps).cpu()
+            chosen = torch.as_tensor(timesteps, device="cpu")
             if chosen.ndim != 1 or len(chosen) == 0 or chosen.is_floating_point():
                 raise ValueError(f"`timesteps` must be a non-empty list of integers; got {timesteps!r}.")
             chosen = chosen.long()
@@ -315,16 +326,18 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"`num_inference_steps` must be within [1, {total}], the timesteps trained on; "
                     f"got {num_inference_steps}."
                 )
-            chosen = spaced_timesteps(
-                self.config.timestep_spacing, total, int(num_inference_steps), self.config.steps_offset
-            )
+            with torch.device("cpu"):
+                chosen = spaced_timesteps(
+                    self.config.timestep_spacing, total, int(num_inference_steps), self.config.steps_offset
+                )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
-        # A step goes to the next of the timesteps. One from a t that is not among them goes as far as diffusers' goes.
-        self._previous = torch.arange(total) - total // len(chosen)
-        self._previous[chosen] = torch.cat([chosen[1:], torch.tensor([-1])])
         self.timesteps = chosen.to(device)
-        self._lay_out_steps(device)
+        with torch.device("cpu"):
+            # A step goes to the next of the timesteps; from a t that is not among them as far as diffusers' goes.
+            self._previous = torch.arange(total) - total // len(chosen)
+            self._previous[chosen] = torch.cat([chosen[1:], torch.tensor([-1])])
+            self._lay_out_steps(device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> torch.Tensor:
         """Return the timestep s that a step from `timestep` arrives at, below 0 at the end; 0-d, int64."""
@@ -353,7 +366,7 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _coefficients_at(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> Sequence[float | torch.Tensor]:
         """Look up the coefficients of the step from `timestep`: floats, or tensors that broadcast to `sample`."""
-        on_host = not isinstance(timestep, torch.Tensor) or (timestep.device.type == "cpu" and timestep.numel() == 1)
+        on_host = not isinstance(timestep, torch.Tensor) or (timestep.is_cpu and timestep.numel() == 1)
         if on_host and not torch.compiler.is_compiling():
             t = operator.index(timestep)
             if not 0 <= t < len(self._rows):
@@ -361,7 +374,10 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return self._rows[t]
         if self._table.device != sample.device:
             self._table = self._table.to(sample.device)
-        index = torch.as_tensor(timestep, device=sample.device).reshape(-1).long()
+        if isinstance(timestep, torch.Tensor):
+            index = timestep.reshape(-1).to(sample.device, torch.long)
+        else:  # an int while compiling; `as_tensor` would make each a constant and compile anew
+            index = torch.full((1,), timestep, device=sample.device)
         # Not `table[:, t]`: indexing with a 0-d tensor reads it on the host.
         rows = self._table.index_select(1, index)  # (columns, 1 or B)
         return rows.reshape(*rows.shape, *[1] * (sample.ndim - 1)).unbind(0)
@@ -381,12 +397,13 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return [torch.zeros_like(signal), torch.ones_like(signal)]
         return [signal, -noise]
 
-    def _bound_x0(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
-        """Threshold or clip x̂_0 as the config says."""
-        if self.config.thresholding:
+    def _bound_x0_(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
+        """Threshold x̂_0, or clip it in place, as the config says."""
+        config = self.config
+        if config.thresholding:
             return self._threshold_sample(pred_original_sample)
-        if self.config.clip_sample:
-            return pred_original_sample.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if config.clip_sample:
+            return pred_original_sample.clamp_(-config.clip_sample_range, config.clip_sample_range)
         return pred_original_sample
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
@@ -416,15 +433,19 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         t: int | torch.Tensor,
         predicted_variance: torch.Tensor | None = None,
         variance_type: str | None = None,
-    ) -> torch.Tensor | None:
-        """Return what `variance_type` (the config's if None) names, in diffusers' sense: σ² as a rule, but σ for
-        `fixed_small_log`, log σ² for `fixed_large_log` and `learned_range`."""
+    ) -> torch.Tensor:
+        """Return what `variance_type` (the config's if None) names, in diffusers' sense.
+
+        That is σ² as a rule, but σ for `fixed_small_log`, log σ² for `fixed_large_log` and `learned_range`.
+        """
         variance_type = variance_type or self.variance_type
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        if variance_type == "learned":
-            return predicted_variance
         low, high = (bound.float() for bound in self._variance_bounds(t))
-        if variance_type == "learned_range":
+        if variance_type.startswith("learned"):
+            if predicted_variance is None:
+                raise ValueError(f"`variance_type`={variance_type!r} needs the variance that the model predicts.")
+            if variance_type == "learned":
+                return predicted_variance
             fraction = (predicted_variance + 1) / 2
             return fraction * high.log() + (1 - fraction) * low.log()
         return {
@@ -490,9 +511,9 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction, x_t = prediction.float(), x_t.float()
 
         # 1. x̂_0, bounded
-        pred_original_sample = self._bound_x0(axpy(from_output, prediction, from_sample * x_t))
+        pred_original_sample = self._bound_x0_(add_scaled_(scaled(from_sample, x_t), from_output, prediction))
         # 2. the posterior's mean
-        prev_sample = axpy(x0_weight, pred_original_sample, sample_weight * x_t)
+        prev_sample = add_scaled_(scaled(sample_weight, x_t), x0_weight, pred_original_sample)
         # 3. noise
         if isinstance(std, torch.Tensor) or std > 0:
             check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
@@ -508,7 +529,7 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 else:  # 2102.09672 eq 15
                     fraction = (predicted_variance + 1) / 2
                     std = std * (0.5 * (fraction * log_high + (1 - fraction) * log_low)).exp()
-            prev_sample = axpy(std, draw_noise(model_output, generator), prev_sample)
+            prev_sample = add_scaled_(prev_sample, std, draw_noise(model_output, generator))
 
         if sample.dtype != prev_sample.dtype:
             prev_sample, pred_original_sample = prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
@@ -533,7 +554,7 @@ class MiniDDPMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             original_samples: x_0, (B, C, H, W).
             noise: ε, (B, C, H, W).
-            timesteps: t within [0, T - 1], which the caller sees to; one for all, 0-d or (1,), or one for each row, (B,).
+            timesteps: t within [0, T - 1], which the caller sees to; one for all, 0-d or (1,), or one per row, (B,).
 
         Returns:
             x_t, (B, C, H, W).

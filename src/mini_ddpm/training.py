@@ -2,12 +2,12 @@
 
     L = E_{x_0, ε, t} [ w_t · || target - model(x_t, t, y) ||² ],   x_t = sqrt(ᾱ_t)·x_0 + sqrt(1-ᾱ_t)·ε
 
-(DDPM, arXiv 2006.11239, eq. 14; the target is ε, x_0 or v by `prediction_type`.) Devices, precision, gradient accumulation,
-many processes and checkpoints are accelerate's; averaging of the weights is diffusers' `EMAModel`.
+(DDPM, arXiv 2006.11239, eq. 14; the target is ε, x_0 or v by `prediction_type`.) Devices, precision, gradient
+accumulation, many processes and checkpoints are accelerate's; the average of the weights is diffusers' `EMAModel`.
 
-Everything random in a step, and which images it sees, is a function of the seed and of the number of the step, drawn for
-the batch of all processes together. So a resumed run takes the very steps it would have taken, and two processes take
-the step that one would take with twice the batch.
+Everything random in a step, and which images it sees, is a function of the seed and of the number of the step, drawn
+for the batch of all processes together. So a resumed run takes the very steps it would have taken, and two processes
+take the step that one would take with twice the batch.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class TrainConfig:
     split: str = "train"
     """Split of the dataset."""
     image_column: str | None = None
-    """Column of the pictures. Default: the first that holds images."""
+    """Column of the pictures. None: the first that holds images."""
     label_column: str | None = None
-    """Column of the class indices. Default: the first that holds class labels."""
+    """Column of the class indices. None: the first that holds class labels."""
     resolution: int | None = None
-    """Crop to a square and resize to this many pixels. Default: take pictures as they are."""
+    """Crop to a square and resize to this many pixels. None: take pictures as they are."""
     cache_dataset: bool | None = None
-    """Keep all images on the device as bytes. Default: yes if they take less than 2 GB."""
+    """Keep all images on the device as bytes. None: yes if they take less than 2 GB."""
     dataloader_num_workers: int = 2
     """Processes that decode images when the dataset is not cached."""
 
@@ -88,9 +88,9 @@ class TrainConfig:
     preset: str = "mini"
     """Shape of the U-Net: mini, tutorial-32 or tutorial-64."""
     block_out_channels: tuple[int, ...] | None = None
-    """Width of each level, in place of the preset's; levels below the first have attention."""
+    """Width of each level; levels below the first have attention. None: the preset's."""
     layers_per_block: int | None = None
-    """Residual blocks per level, in place of the preset's."""
+    """Residual blocks per level. None: the preset's."""
     dropout: float = 0.0
     """Dropout in the residual blocks."""
 
@@ -101,12 +101,12 @@ class TrainConfig:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
     """What the network predicts: the noise, the clean image or the velocity."""
     snr_gamma: float | None = None
-    """Weigh the loss by min-SNR with this gamma (5.0 is usual). Default: no weighting."""
+    """Weigh the loss by min-SNR with this gamma (5.0 is usual). None: no weighting."""
 
     num_epochs: int = 20
     """Passes over the dataset."""
     max_train_steps: int | None = None
-    """Optimizer steps, in place of num_epochs."""
+    """Optimizer steps. None: as many as num_epochs takes."""
     train_batch_size: int = 128
     """Images per process and forward pass."""
     gradient_accumulation_steps: int = 1
@@ -156,9 +156,15 @@ class TrainConfig:
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        positive = ("num_train_timesteps", "num_epochs", "train_batch_size", "gradient_accumulation_steps")
-        positive += ("checkpointing_steps", "checkpoints_total_limit", "logging_steps")
-        for name in positive:
+        for name in (
+            "num_train_timesteps",
+            "num_epochs",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.max_train_steps is not None and self.max_train_steps < 1:
@@ -244,23 +250,36 @@ def train(config: TrainConfig) -> Path:
         OSError: A checkpoint or the pipeline could not be written; the previous one is kept.
     """
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, set_seed
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import ProjectConfiguration
 
     config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
     _check_device(config.device)
-    output_dir = config.output_dir
-    checkpoint = _claim_folder(config)
-    log_with = None if config.log_with == "none" else config.log_with
     accelerator = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=_mixed_precision(config),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir)),
+        log_with=None if config.log_with == "none" else config.log_with,
+        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
-    device, is_main = accelerator.device, accelerator.is_main_process
+    try:
+        if accelerator.is_main_process:
+            _claim_folder(config)
+        accelerator.wait_for_everyone()
+        _train(config, accelerator)
+    finally:
+        accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)  # or another run could not have another precision
+    return config.output_dir
+
+
+def _train(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Take the steps that are left after the last checkpoint; see [`train`]."""
+    from accelerate.utils import set_seed
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    output_dir, device, is_main = config.output_dir, accelerator.device, accelerator.is_main_process
 
     # 1. The data, and how many steps it takes to see it num_epochs times.
     dataset = image_dataset(
@@ -296,7 +315,9 @@ def train(config: TrainConfig) -> Path:
         num_warmup_steps=min(config.lr_warmup_steps, total_steps),
         num_training_steps=total_steps,
     )
-    model, optimizer = accelerator.prepare(torch.compile(unet) if config.torch_compile else unet, optimizer)
+    if config.torch_compile:
+        unet.compile()  # in place, so that checkpoints fit a run without it
+    model, optimizer = accelerator.prepare(unet, optimizer)
     ema = EMAModel(
         unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=config.ema_power, foreach=True
     )
@@ -305,14 +326,14 @@ def train(config: TrainConfig) -> Path:
 
     # 3. Where an earlier run got to.
     first_step, seconds = 0, 0.0
-    if checkpoint is not None:
+    for checkpoint in _checkpoints(output_dir)[-1:]:
         accelerator.load_state(str(checkpoint))
-        progress_file = json.loads((checkpoint / "progress.json").read_text())
-        first_step, seconds = progress_file["step"], progress_file["seconds"]
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        first_step, seconds = progress["step"], progress["seconds"]
         accelerator.print(f"Going on from {checkpoint} (step {first_step} of {total_steps}).")
     if is_main:
         _truncate_log(output_dir, first_step)
-    if log_with is not None:
+    if config.log_with != "none":
         accelerator.init_trackers("logs")
 
     # 4. The loop.
@@ -353,12 +374,15 @@ def train(config: TrainConfig) -> Path:
         )
         if step % config.logging_steps == 0 or checkpoint_due or images_due:
             mean_loss = accelerator.reduce(running_loss / running_count, "mean").item()
-            if not np.isfinite(mean_loss):
+            # The loss is that of the weights before this step; what is about to be saved is looked at too.
+            finite = torch.stack([parameter.isfinite().all() for parameter in unet.parameters()]).all()
+            if not (np.isfinite(mean_loss) and finite):
                 bar.close()
-                kept = _checkpoints(output_dir)[-1:] or ["none was written yet"]
+                kept = [str(path) for path in _checkpoints(output_dir)[-1:]] or ["none was written yet"]
                 raise FloatingPointError(
-                    f"The loss became {mean_loss} at step {step}. Lower learning_rate (now {config.learning_rate:g}) or "
-                    f"train without mixed_precision (now {accelerator.mixed_precision}). Last good weights: {kept[0]}."
+                    f"Training diverged by step {step} (loss {mean_loss}). Lower learning_rate (now "
+                    f"{config.learning_rate:g}) or set mixed_precision to no (now {accelerator.mixed_precision}). "
+                    f"Last good weights: {kept[0]}."
                 )
             now = time.monotonic()
             speed = running_count * batch_size / (now - logged_at)
@@ -387,16 +411,18 @@ def train(config: TrainConfig) -> Path:
         elif running_count == 0:
             logged_at = now
     bar.close()
-    if is_main and step == first_step:
+    if step == first_step:
         accelerator.print(f"{output_dir} is trained already ({total_steps} steps).")
-    if log_with is not None:
-        accelerator.end_training()
-    return output_dir
 
 
 def _check_device(device: str) -> None:
     """Refuse a device that this machine lacks, in place of silently training on another."""
-    available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "auto": True,
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not available[device]:
         raise ValueError(f"device={device!r} was asked for, but torch finds none here. Use --device cpu or auto.")
 
@@ -426,14 +452,15 @@ def _new_unet(config: TrainConfig, dataset: ImageDataset) -> MiniUNet2DModel:
         overrides["down_block_types"] = ("DownBlock2D",) + ("AttnDownBlock2D",) * (levels - 1)
     if config.layers_per_block is not None:
         overrides["layers_per_block"] = config.layers_per_block
-    return MiniUNet2DModel.from_preset(config.preset, **overrides)
+    unet: MiniUNet2DModel = MiniUNet2DModel.from_preset(config.preset, **overrides)
+    return unet
 
 
 def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, micro_steps: range) -> Iterator[Any]:
     """The images of each forward pass of this process: a (train_batch_size,) int64 tensor at a time.
 
-    The stream of all batches is the dataset over and over, shuffled anew each epoch by (seed, epoch). Forward pass m of
-    all processes together takes places m·B to (m+1)·B, and each process its share of them.
+    The stream of all batches is the dataset over and over, shuffled anew each epoch by (seed, epoch). Forward pass m
+    of all processes together takes places m·B to (m+1)·B, and each process its share of them.
     """
     batch_size = config.train_batch_size * accelerator.num_processes
     epochs: dict[int, torch.Tensor] = {}
@@ -441,7 +468,9 @@ def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, m
         start = micro_step * batch_size + accelerator.process_index * config.train_batch_size
         places = torch.arange(start, start + config.train_batch_size)
         wanted = range(start // num_images, int(places[-1]) // num_images + 1)
-        epochs = {epoch: epochs[epoch] if epoch in epochs else _shuffled(config, num_images, epoch) for epoch in wanted}
+        epochs = {
+            epoch: epochs[epoch] if epoch in epochs else _shuffled(config, num_images, epoch) for epoch in wanted
+        }
         order = torch.cat([epochs[epoch] for epoch in wanted])
         yield order[places - wanted[0] * num_images]
 
@@ -469,7 +498,7 @@ def _batches(
     else:
         loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
             dataset,
-            batch_sampler=(batch.tolist() for batch in ids),  # type: ignore[arg-type]
+            batch_sampler=(batch.tolist() for batch in ids),
             num_workers=config.dataloader_num_workers,
             pin_memory=device.type == "cuda",
         )
@@ -488,8 +517,8 @@ def _noise_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Draw noise, timesteps and labels with dropout for one forward pass, from (seed, micro_step) alone.
 
-    The timesteps are stratified over the batch, `t_i = floor(T · frac(u + i/B))`: every batch covers all noise levels, so
-    that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the batch of all processes.
+    The timesteps are stratified over the batch, `t_i = floor(T · frac(u + i/B))`: every batch covers all noise levels,
+    so that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the batch of all processes.
     """
     local, device = images.shape[0], images.device
     batch_size = local * accelerator.num_processes
@@ -516,8 +545,8 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def _claim_folder(config: TrainConfig) -> Path | None:
-    """Make the run's folder, or find the checkpoint to go on from in it.
+def _claim_folder(config: TrainConfig) -> None:
+    """Make the run's folder, or see that what is in it is this run.
 
     Raises:
         ValueError: The folder holds something else than this run.
@@ -531,8 +560,8 @@ def _claim_folder(config: TrainConfig) -> Path | None:
         if differing:
             key = differing[0]
             raise ValueError(
-                f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same value, "
-                "or use another output_dir."
+                f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same "
+                "value, or use another output_dir."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and holds no run of mini-ddpm. Use another output_dir.")
@@ -540,8 +569,6 @@ def _claim_folder(config: TrainConfig) -> Path | None:
     temporary = folder / "train_config.json.tmp"
     temporary.write_text(json.dumps(described, indent=2) + "\n")
     os.replace(temporary, config_file)
-    checkpoints = _checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
 
 
 def _described(config: TrainConfig) -> dict[str, Any]:
@@ -625,7 +652,8 @@ def _save_pipeline(
             else:
                 call = {"batch_size": 64}
             generator = torch.Generator("cpu").manual_seed(config.seed)
-            with accelerator.autocast():
+            # A compiled network would be compiled anew for this batch size.
+            with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 images = pipeline(**call, generator=generator, num_inference_steps=25).images
             grid = sample_grid(images, columns=len(classes) if config.class_conditional else 8)
             grid.save(config.output_dir / "samples" / f"epoch-{epoch:04d}.png")
@@ -651,8 +679,8 @@ class _clear_write_errors:
             shutil.rmtree(self.folder, ignore_errors=True)
             kept = _checkpoints(self.folder.parent)
             raise OSError(
-                f"Could not write {self.folder.parent} ({str(error).strip().splitlines()[0]}). Free some space or choose "
-                f"another output_dir, then run the same command. Last checkpoint: {kept[-1] if kept else 'none yet'}."
+                f"Could not write {self.folder.parent} ({str(error).strip().splitlines()[0]}). Free some space or "
+                f"choose another output_dir, then run the same command. Last checkpoint: {kept[-1] if kept else None}."
             ) from error
 
 

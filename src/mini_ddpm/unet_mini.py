@@ -4,8 +4,8 @@
     timestep t, class y  ──embedding──► scale and shift of every residual block
 
 Notation: B batch, C channels, H x W image, p patch size, D width of a level, E width of the embedding.
-Sources: DDPM (arXiv 2006.11239, appendix B), Improved DDPM (2102.09672, section 3), ADM (2105.05233, section 3), the patch stem
-as in DiT (2212.09748, section 3.2). This file is self-contained so that it can travel with the weights to the Hub.
+Sources: DDPM (arXiv 2006.11239, appendix B), Improved DDPM (2102.09672, section 3), ADM (2105.05233, section 3); the
+patch stem as in DiT (2212.09748, section 3.2). The file is self-contained so that it can travel with the weights.
 """
 
 import math
@@ -22,9 +22,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, which is the best quality per
-# millisecond at 28x28. "tutorial-32" and "tutorial-64" have the widths of the tutorial this package grew from (dim 32 or
-# 64, multipliers 1, 2, 4, 8, no attention) and depart from it where it could not run or could not be right:
+# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, where it is cheap. "tutorial-32"
+# and "tutorial-64" have the widths of the tutorial this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no
+# attention) and depart from it where it could not run or could not be right:
 #   - GroupNorm in place of BatchNorm, whose batch statistics mix noise levels and which EMA does not average;
 #   - 28 -> 14 -> 7 -> 4 is retraced as 4 -> 7 -> 14 -> 28 (the tutorial doubled 4 to 8 and met a skip of 7);
 #   - every skip connection is used (the tutorial's loop over `reversed(in_out[1:])` left one out).
@@ -88,7 +88,7 @@ class MiniAttnProcessor:
     def __call__(self, attn: "MiniAttention", hidden_states: torch.Tensor) -> torch.Tensor:
         """Mix the tokens. `hidden_states` and the result are (B, H·W, D)."""
         if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # type: ignore[operator]
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, H·W, heads, d)
@@ -96,7 +96,8 @@ class MiniAttnProcessor:
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         hidden_states = hidden_states.flatten(2).to(query.dtype)  # (B, H·W, D)
-        return attn.to_out[1](attn.to_out[0](hidden_states))  # type: ignore[no-any-return]
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        return hidden_states
 
 
 class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
@@ -123,13 +124,13 @@ class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         self.to_v = nn.Linear(channels, channels)
         # A list, as in diffusers' attention layers, whose tools look for `to_out.0`.
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels)), nn.Dropout(dropout)])
-        self.set_processor(MiniAttnProcessor())
+        self.set_processor(MiniAttnProcessor())  # type: ignore[operator]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend. `hidden_states` and the result are (B, D, H, W)."""
         tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)  # (B, H·W, D)
-        tokens = self.processor(self, tokens)
-        return hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)
+        tokens = self.processor(self, tokens)  # type: ignore[operator]  # (B, H·W, D)
+        return hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)  # type: ignore[no-any-return]
 
 
 class MiniResnetBlock(nn.Module):
@@ -212,7 +213,7 @@ class MiniLevel(nn.Module):
     def layer(self, index: int, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """Run the `index`-th residual block and its attention, recomputed in the backward pass if so asked."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            hidden_states = self._gradient_checkpointing_func(self.resnets[index], hidden_states, temb)
+            hidden_states = self._gradient_checkpointing_func(self.resnets[index], hidden_states, temb)  # type: ignore[operator]
         else:
             hidden_states = self.resnets[index](hidden_states, temb)
         return self.attentions[index](hidden_states)  # type: ignore[no-any-return]
@@ -257,7 +258,9 @@ class MiniUpBlock(MiniLevel):
         width = upsample_from
         self.upsampler = nn.Conv2d(width, width, 3, padding=1) if width is not None else None
 
-    def forward(self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor
+    ) -> torch.Tensor:
         """Consume the `skips` of the level, last first; returns (B, D, H, W) with their H and W."""
         if self.upsampler is not None:
             # To the size of the skip, not by the factor two, so that odd sizes meet again.
@@ -295,7 +298,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             1 works on single pixels. Sizes that p does not divide are padded by repeating the edge, then cropped.
         down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention); the way up
             mirrors the way down.
-        block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounding up.
+        block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounded up.
         layers_per_block: Residual blocks in each level of the way down (one more on the way up).
         attention_head_dim: Width of one attention head; must divide the widths that have attention.
         add_attention: Whether the mid block has self-attention.
@@ -314,7 +317,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
     _repeated_blocks = ["MiniResnetBlock", "MiniAttention"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sample_size: int | tuple[int, int] = 28,
@@ -337,7 +340,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         self._check_config(widths, tuple(down_block_types))
 
         embedding_dim = 4 * widths[0]
-        shared = {
+        shared: dict[str, Any] = {
             "embedding_dim": embedding_dim,
             "attention_head_dim": attention_head_dim,
             "norm_num_groups": norm_num_groups,
@@ -387,8 +390,8 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             raise ValueError(f"down_block_types holds {sorted(unknown)}; allowed are {allowed}.")
         if len(down_block_types) != len(widths) or not widths:
             raise ValueError(
-                f"down_block_types has {len(down_block_types)} entries and block_out_channels {len(widths)}; both need "
-                "one per level."
+                f"down_block_types has {len(down_block_types)} entries and block_out_channels {len(widths)}; both "
+                "need one per level."
             )
         for width in widths:
             if width % config.norm_num_groups or width % 2:
@@ -424,7 +427,8 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         """
         if name not in PRESETS:
             raise ValueError(f"No preset is called {name!r}; there are {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        unet: MiniUNet2DModel = cls(**{**PRESETS[name], **overrides})
+        return unet
 
     def forward(
         self,

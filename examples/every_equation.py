@@ -1,0 +1,55 @@
+"""Every equation of sampling, written out in a dozen lines, beside the pipeline that does the same.
+
+    python examples/every_equation.py
+
+draws four digits twice, by hand and with the pipeline, and shows that the images are equal.
+"""
+
+import math
+
+import torch
+
+from mini_ddpm import load_pipeline
+from mini_ddpm.plots import sample_grid
+
+
+def alpha_bar(t: int, T: int, s: float = 0.008) -> float:
+    """ᾱ_t of the cosine schedule: how much of the image is left at timestep t (Improved DDPM, eq. 17)."""
+
+    def f(u: float) -> float:
+        return math.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+
+    product = 1.0
+    for i in range(t + 1):
+        product *= 1 - min(1 - f((i + 1) / T) / f(i / T), 0.999)  # 1 - β_i
+    return product
+
+
+@torch.no_grad()
+def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "every_equation.png") -> float:
+    """Draw by hand and with the pipeline; return the largest difference of a pixel in [0, 1]."""
+    pipe = load_pipeline(pipeline)
+    T, n = pipe.scheduler.config.num_train_timesteps, num_inference_steps
+    x_T = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+    x = x_T
+    timesteps = [round(i * T / n) - 1 for i in range(n, 0, -1)]
+    for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        a, a_next = alpha_bar(t, T), alpha_bar(t_next, T)  # ᾱ_{-1} = 1: the clean image
+        v = pipe.unet(x, t).sample  # the network predicts the velocity v = √ᾱ ε - √(1-ᾱ) x_0 (2202.00512, app. D)
+        x_0 = math.sqrt(a) * x - math.sqrt(1 - a) * v
+        epsilon = math.sqrt(1 - a) * x + math.sqrt(a) * v
+        x_0 = x_0.clamp(-1, 1)  # pixels are in [-1, 1]
+        x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (2010.02502, eq. 12)
+
+    by_hand = (x / 2 + 0.5).clamp(0, 1)
+    by_pipeline = pipe(batch_size=4, num_inference_steps=n, latents=x_T, output_type="pt").images
+    difference = (by_hand - by_pipeline).abs().max().item()
+    images = torch.cat([by_hand, by_pipeline]).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    sample_grid(images, ["by hand"] * 4 + ["pipeline"] * 4, columns=4).save(out)
+    print(f"{out}: the largest difference is {difference:.1e}")
+    return difference
+
+
+if __name__ == "__main__":
+    main()

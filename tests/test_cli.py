@@ -1,0 +1,316 @@
+"""The command line, with real pipelines of a tiny network: what is written, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mini_ddpm_cli
+from mini_ddpm import (
+    PRETRAINED,
+    MiniDDIMScheduler,
+    MiniDDPMClassConditionalPipeline,
+    MiniDDPMPipeline,
+    MiniUNet2DModel,
+)
+from mini_ddpm.plots import sample_grid
+
+NAMES = ["coat", "ankle boot", "bag"]
+
+
+def tiny_unet(**config) -> MiniUNet2DModel:
+    torch.manual_seed(0)
+    unet = MiniUNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        **config,
+    )
+    for parameter in unet.parameters():  # the last layers start at zero: without this every output would be the same
+        torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """A folder with a class-conditional pipeline of three classes."""
+    folder = tmp_path_factory.mktemp("conditional")
+    unet = tiny_unet(num_class_embeds=len(NAMES) + 1)
+    scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
+    MiniDDPMClassConditionalPipeline(unet, scheduler, id2label=dict(enumerate(NAMES))).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    """A folder with an unconditional pipeline."""
+    folder = tmp_path_factory.mktemp("unconditional")
+    MiniDDPMPipeline(tiny_unet(), MiniDDIMScheduler(prediction_type="v_prediction")).save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments: object) -> int:
+    return mini_ddpm_cli.main([str(argument) for argument in arguments])
+
+
+def arrays(tmp_path, pipeline: str, *arguments: object) -> dict[str, np.ndarray]:
+    """Draw into an npz file and read it back."""
+    out = tmp_path / "arrays.npz"
+    assert run("sample", pipeline, "--steps", 2, "--device", "cpu", "--out", out, *arguments) == 0
+    with np.load(out) as file:
+        return dict(file)
+
+
+# ---- help and arguments -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"]])
+def test_help_answers_within_a_second_of_cpu_and_without_torch(arguments):
+    code = (
+        "import sys, time, mini_ddpm_cli\n"
+        f"try: mini_ddpm_cli.main({arguments})\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print(time.process_time(), 'torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = answer.splitlines()[-1].split()
+    assert "usage: mini-ddpm" in answer and "sample" in answer
+    assert heavy == "False"
+    assert float(seconds) < 1
+
+
+def test_help_names_every_command_and_option(capsys):
+    assert run() == 0
+    plain = capsys.readouterr().out
+    assert run("--help") == 0
+    assert capsys.readouterr().out == plain
+    assert all(f"\n  {name} " in plain for name in mini_ddpm_cli.COMMANDS)
+    for command in mini_ddpm_cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            run(command, "--help")
+        assert not stop.value.code
+        out = capsys.readouterr().out
+        assert f"usage: mini-ddpm {command}" in out
+        assert "_" not in "".join(word for word in out.split() if word.startswith("--"))  # dashes
+
+
+def test_module_runs_as_the_command():
+    answer = subprocess.run(
+        [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
+    )
+    assert answer.returncode == 2
+    assert answer.stderr == "mini-ddpm: unknown command 'smaple'; choose one of sample, train, or --help\n"
+
+
+# ---- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_grid_has_one_labelled_column_per_class(tmp_path, conditional, capsys):
+    out = tmp_path / "new" / "grid.png"  # the folder is made
+    assert run("sample", conditional, "--steps", 2, "--num-images", 6, "--device", "cpu", "--out", out) == 0
+    drawn = arrays(tmp_path, conditional, "--num-images", 6)
+    labels = [NAMES[label] for label in drawn["class_labels"]]
+    assert labels == NAMES * 2
+    with Image.open(out) as grid:
+        assert grid.convert("RGB") == sample_grid(drawn["images"], labels, columns=3)
+    assert f"{out}: 6 images of 8x8, 2 steps of MiniDDIMScheduler" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["grid.png"]  # no temporary file is left
+
+
+def test_numbers_of_images(tmp_path, conditional, unconditional):
+    assert arrays(tmp_path, conditional)["class_labels"].tolist() == [0, 1, 2] * 10
+    assert arrays(tmp_path, conditional, "--class-labels", "bag", "0")["class_labels"].tolist() == [2, 0]
+    cycled = arrays(tmp_path, conditional, "--class-labels", 2, "ankle boot", "--num-images", 3)
+    assert cycled["class_labels"].tolist() == [2, 1, 2]
+    plain = arrays(tmp_path, unconditional)
+    assert plain["images"].shape == (64, 8, 8, 1) and plain["images"].dtype == np.uint8
+    assert "class_labels" not in plain and plain["seeds"].tolist() == list(range(64))
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+def test_an_image_depends_on_its_seed_alone(tmp_path, unconditional, scheduler):
+    sampler = ("--scheduler", scheduler, "--eta", 1.0)
+    whole = arrays(tmp_path, unconditional, *sampler, "--num-images", 5)["images"]
+    split = arrays(tmp_path, unconditional, *sampler, "--num-images", 5, "--batch-size", 2)["images"]
+    alone = arrays(tmp_path, unconditional, *sampler, "--num-images", 1, "--seed", 3)["images"]
+    # one grey level: a convolution over another batch size may round otherwise
+    assert np.abs(whole.astype(int) - split).max() <= 1
+    assert np.abs(whole[3:4].astype(int) - alone).max() <= 1
+    assert np.abs(whole[0].astype(int) - whole[1]).max() > 10
+
+
+def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):
+    draw = lambda *arguments: arrays(tmp_path, conditional, "--num-images", 3, *arguments)["images"].astype(int)  # noqa: E731
+    plain = draw("--guidance-scale", 1)
+    assert np.abs(draw("--guidance-scale", 20) - plain).max() > 5
+    assert 0 < np.abs(draw("--guidance-scale", 1, "--dtype", "bf16") - plain).max() < 32
+    assert (draw("--guidance-scale", 1, "--num-inference-steps", 2) == plain).all()  # both spellings of --steps
+
+
+@pytest.mark.parametrize("scheduler", mini_ddpm_cli.SCHEDULERS)
+def test_every_scheduler_draws(tmp_path, unconditional, scheduler, capsys):
+    images = arrays(tmp_path, unconditional, "--scheduler", scheduler, "--num-images", 2, "--steps", 5)["images"]
+    assert mini_ddpm_cli.SCHEDULERS[scheduler].partition(".")[2] in capsys.readouterr().out
+    assert images.std() > 1
+
+
+def test_folder_holds_one_png_per_image_and_is_replaced_as_a_whole(tmp_path, conditional):
+    out = tmp_path / "images"
+    draw = ("sample", conditional, "--steps", 2, "--out", out)
+    assert run(*draw, "--num-images", 4) == 0
+    assert sorted(os.listdir(out)) == ["00000_coat.png", "00001_ankle-boot.png", "00002_bag.png", "00003_coat.png"]
+    with Image.open(out / "00001_ankle-boot.png") as image:
+        assert (image.mode, image.size) == ("L", (8, 8))
+        expected = arrays(tmp_path, conditional, "--num-images", 4)["images"][1, :, :, 0]
+        assert (np.asarray(image) == expected).all()
+    assert run(*draw, "--num-images", 1) == 0
+    assert os.listdir(out) == ["00000_coat.png"]
+
+
+def test_folder_with_other_files_is_left_alone(tmp_path, unconditional, capsys):
+    (tmp_path / "00000.png").write_bytes(b"an image of ours")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert run("sample", unconditional, "--out", tmp_path) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["00000.png", "thesis.tex"]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_film_has_a_frame_per_step(tmp_path, conditional, suffix):
+    out = tmp_path / f"film{suffix}"
+    assert run("sample", conditional, "--steps", 3, "--batch-size", 4, "--out", out) == 0
+    with Image.open(out) as film:
+        assert film.n_frames == 4
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist-class-conditional"])
+def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
+    if not (PRETRAINED / name).is_dir():
+        pytest.skip(f"the weights {name} are not in this checkout")
+    images = arrays(tmp_path, name, "--num-images", 4, "--steps", 10)["images"]
+    assert images.shape == (4, 28, 28, 1)
+    # Of real digits 19 % of the pixels carry ink and the outermost ring carries none.
+    assert 0.08 < (images > 64).mean() < 0.3
+    assert (np.concatenate([images[:, 0], images[:, -1]]) < 64).mean() > 0.95
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "num_inference_steps"),
+        (["--steps", "-1"], "num_inference_steps"),
+        (["--steps", "2.5"], "'2.5'"),
+        (["--steps", "1001"], "at most 1000"),
+        (["--stpes", "5"], "--stpes"),
+        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--class-labels", "hat"], "'hat'; it must be one of coat, ankle boot, bag"),
+        (["--class-labels", "4"], "4 is out of range"),
+        (["--class-labels", "-1"], "-1"),
+        (["--scheduler", "pndm"], "--scheduler pndm: choose one of ddpm, ddim"),
+        (["--device", "gpu"], "--device gpu: choose auto, cpu"),
+        (["--dtype", "fp8"], "'fp32', 'fp16', 'bf16'"),
+        (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--out", "samples.jpg"], "samples.jpg: choose .png"),
+        (["--out", "/dev/null/samples.png"], "/dev/null/samples.png cannot be written"),
+        (["--out", "/"], "--out / holds other files"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(conditional, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", conditional, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mini-ddpm: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == "" and os.listdir(tmp_path) == []
+
+
+def test_labels_and_guidance_need_a_conditional_pipeline(unconditional, capsys, tmp_path):
+    out = tmp_path / "x.png"
+    assert run("sample", unconditional, "--class-labels", 3, "--out", out) == 2
+    assert "--class-labels 3: this pipeline is not class-conditional" in capsys.readouterr().err
+    assert run("sample", unconditional, "--guidance-scale", 3, "--out", out) == 2
+    assert "not class-conditional" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_cuda_asked_for_but_absent(conditional, capsys, tmp_path):
+    assert run("sample", conditional, "--device", "cuda", "--out", tmp_path / "x.png") == 2
+    assert capsys.readouterr().err.startswith("mini-ddpm: --device cuda: PyTorch finds no such device here")
+
+
+def test_unknown_pipelines_and_folders(capsys, tmp_path):
+    for pipeline, message in (("no-such-name", "no-such-name"), (tmp_path, "model_index.json")):
+        assert run("sample", pipeline, "--out", tmp_path / "x.png") == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_out_that_cannot_be_replaced(conditional, capsys, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    assert run("sample", conditional, "--out", tmp_path / "folder.png") == 2
+    assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert run("sample", conditional, "--out", tmp_path / "file") == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(conditional, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINI_DDPM_DEBUG", "1")
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        run("sample", conditional, "--steps", 0, "--out", tmp_path / "x.png")
+
+
+def test_ctrl_c_leaves_the_previous_picture(unconditional, tmp_path, capsys):
+    out = tmp_path / "samples.png"
+    out.write_bytes(b"the previous picture")
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    assert run("sample", unconditional, "--num-images", 100_000, "--steps", 1000, "--out", out) == 130
+    timer.join()
+    assert capsys.readouterr().err.endswith("mini-ddpm: interrupted\n")
+    assert os.listdir(tmp_path) == ["samples.png"]
+    assert out.read_bytes() == b"the previous picture"
+
+
+# ---- train --------------------------------------------------------------------------------------------------------
+
+
+def test_train_makes_a_pipeline_that_sample_draws_from(tmp_path, capsys):
+    for i in range(4):
+        folder = tmp_path / "pictures" / f"class-{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 60 * i).save(folder / f"{i}.png")
+    run_folder = tmp_path / "run"
+    assert (
+        run(
+            *("train", "--dataset-name", tmp_path / "pictures", "--output-dir", run_folder, "--class-conditional"),
+            *("--max-train-steps", 2, "--train-batch-size", 4, "--block-out-channels", 32, 32),
+            *("--layers-per-block", 1, "--device", "cpu"),
+        )
+        == 0
+    )
+    assert capsys.readouterr().out.endswith(f"draw from it with: mini-ddpm sample {run_folder}\n")
+    drawn = arrays(tmp_path, str(run_folder), "--class-labels", "class-1")
+    assert drawn["class_labels"].tolist() == [1] and drawn["images"].shape == (1, 8, 8, 1)
+
+
+def test_train_without_images_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run("train", "--dataset-name", tmp_path / "empty", "--output-dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("mini-ddpm: ") and "empty" in err

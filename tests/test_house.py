@@ -1,0 +1,240 @@
+"""The rules of the house: who may import whom, what portable files may hold, documents that agree with the code."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import graphlib
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mini_ddpm
+import mini_ddpm_cli
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+PACKAGE = SOURCE / "mini_ddpm"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+PORTABLE = [
+    "unet_mini",
+    "scheduling_mini_ddpm",
+    "scheduling_mini_ddim",
+    "pipeline_mini_ddpm",
+    "pipeline_mini_ddpm_class_conditional",
+]
+# A module imports those of lower rank, and of its own rank where that makes no circle.
+RANK = {
+    **dict.fromkeys(["mini_ddpm_cli", "__main__"], 3),
+    **dict.fromkeys(["__init__", "training", "distillation", "evaluation", "plots", "hub"], 2),
+    "data": 1,
+    **dict.fromkeys(PORTABLE, 0),
+}
+IMPORT_NAMES = {"pillow": "PIL"}  # where a distribution and its package are called differently
+
+
+def module_file(name: str) -> Path:
+    return SOURCE / f"{name}.py" if name == "mini_ddpm_cli" else PACKAGE / f"{name}.py"
+
+
+def modules() -> list[str]:
+    return ["mini_ddpm_cli", *sorted(path.stem for path in PACKAGE.glob("*.py"))]
+
+
+def imports(name: str, everywhere: bool = True) -> Iterator[str]:
+    """Absolute names that a module imports; `everywhere=False` leaves out what functions import and type checking."""
+    nodes = [ast.parse(module_file(name).read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not everywhere and (typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["mini_ddpm" if node.level else "", node.module]))
+            # `from mini_ddpm import hub` imports a module, `from mini_ddpm import MiniUNet2DModel` the package
+            yield from (f"{base}.{x.name}" if base == "mini_ddpm" and x.name in RANK else base for x in node.names)
+
+
+def own_imports(name: str) -> set[str]:
+    """Modules of ours that a module imports; the package itself is `__init__`."""
+    found = set()
+    for imported in imports(name):
+        first, _, rest = imported.partition(".")
+        if first == "mini_ddpm":
+            found.add(rest.partition(".")[0] or "__init__")
+        elif first == "mini_ddpm_cli":
+            found.add(first)
+    return found - {name}
+
+
+def third_party(names: Iterator[str]) -> set[str]:
+    first = {name.partition(".")[0] for name in names}
+    return first - {"mini_ddpm", "mini_ddpm_cli"} - set(sys.stdlib_module_names)
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    names = (Requirement(text).name for text in requirements)
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+# ---- imports ------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) <= set(RANK), "give a new module a rank in RANK, and a line in CONTRIBUTING.md"
+    assert set(PORTABLE) <= set(modules())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_one_way(name):
+    upwards = {imported for imported in own_imports(name) if RANK[imported] > RANK[name]}
+    assert not upwards or (name, upwards) == ("__main__", {"mini_ddpm_cli"})
+    if name not in ("mini_ddpm_cli", "__main__"):
+        assert "__init__" not in own_imports(name), "import the module that defines it"
+
+
+def test_imports_make_no_circle():
+    tuple(graphlib.TopologicalSorter({name: own_imports(name) for name in modules()}).static_order())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_import_base_dependencies_only(name):
+    """What an extra installs is imported inside the function that needs it."""
+    base = distributions(PYPROJECT["project"]["dependencies"])
+    assert third_party(imports(name, everywhere=False)) <= base
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    runtime = distributions([*extras["train"], *extras["eval"]])
+    assert third_party(imports(name)) <= base | runtime
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+def test_portable_files_stand_alone(name):
+    file = module_file(name)
+    # Pillow is a dependency of diffusers itself.
+    assert third_party(imports(name)) <= {"torch", "numpy", "diffusers", "PIL"}
+    assert own_imports(name) == set()
+    # diffusers looks for imports with regular expressions, in docstrings as well
+    assert get_relative_imports(str(file)) == []
+    text = re.findall(r"^\s*(?:import|from)\s+(\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {line.partition(".")[0] for line in text} <= set(sys.stdlib_module_names) | {
+        "torch",
+        "numpy",
+        "diffusers",
+        "PIL",
+    }
+
+
+def test_import_is_quick_and_loads_nothing_but_the_host():
+    """`import mini_ddpm` costs next to nothing after what it builds on, and brings in no further package."""
+    host = sorted(
+        ast.unparse(node)
+        for name in [*PORTABLE, "hub"]
+        for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+        if not ast.unparse(node).startswith("from __future__") and "mini_ddpm" not in ast.unparse(node)
+    )
+    code = "\n".join(
+        [
+            *dict.fromkeys(host),
+            "import sys, time",
+            "before, started = set(sys.modules), time.process_time()",
+            "import mini_ddpm",
+            "print(time.process_time() - started)",
+            "print(*{name.partition('.')[0] for name in set(sys.modules) - before})",
+        ]
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCE)
+    seconds, new = answer.stdout.splitlines()
+    assert third_party(iter(new.split())) == set()
+    assert float(seconds) < 0.3
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_complete():
+    assert all(hasattr(mini_ddpm, name) for name in mini_ddpm.__all__)
+    public = {name for name in vars(mini_ddpm) if name.startswith("Mini")}
+    for name in PORTABLE:
+        for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith(("Model", "Scheduler", "Pipeline")):
+                public.add(node.name)
+    assert public <= set(mini_ddpm.__all__)
+
+
+# ---- documents ----------------------------------------------------------------------------------------------------
+
+
+def test_versions_agree():
+    version = re.escape(mini_ddpm.__version__)
+    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert next(v for v in versions if v != "Unreleased") == mini_ddpm.__version__
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_constraints_pin_what_pyproject_asks_for():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {}
+    for line in lines:
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pins[canonicalize_name(name)] = version
+    assert "+" not in pins["torch"], "a local suffix would tie the pin to one build"
+    project = PYPROJECT["project"]
+    for text in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]:
+        requirement = Requirement(text)
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def shell_commands() -> list[list[str]]:
+    """The words of every `mini-ddpm` and `make` command in the shell blocks of the documents."""
+    commands = []
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for block in re.findall(
+            r"```(?:bash|sh|console)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL
+        ):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words and Path(words[0]).name in ("mini-ddpm", "make"):
+                    commands.append(words)
+    return commands
+
+
+def test_commands_in_the_documents_run(tmp_path, monkeypatch):
+    """Each parses, each make target exists, and the samplers really draw, fewer images in fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    drawn = set()
+    for program, *words in shell_commands():
+        if program == "make":
+            assert {word for word in words if "=" not in word} <= set(targets), words
+            continue
+        if not words or words[-1] in ("--help", "--version"):
+            continue
+        config = mini_ddpm_cli.parse(words)
+        shipped = words[0] == "sample" and (mini_ddpm.PRETRAINED / config.pipeline).is_dir()
+        if shipped and config.out.suffix not in drawn:
+            drawn.add(config.out.suffix)
+            steps = min(config.num_inference_steps, 3)
+            mini_ddpm_cli.sample(dataclasses.replace(config, num_images=2, num_inference_steps=steps))
+            assert config.out.exists()
+
+
+def test_documents_show_the_commands():
+    programs = {Path(words[0]).name: words[1:] for words in shell_commands()}
+    assert {"mini-ddpm", "make"} <= set(programs)

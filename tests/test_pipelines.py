@@ -1,0 +1,529 @@
+"""The pipelines: right images from a network whose answer is known, same seed same image, and plain refusals."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from mini_ddpm import (
+    MiniDDIMScheduler,
+    MiniDDPMClassConditionalPipeline,
+    MiniDDPMPipeline,
+    MiniDDPMScheduler,
+    load_pipeline,
+)
+
+DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
+
+
+class GaussianDenoiser(ModelMixin, ConfigMixin):
+    """The exact network for data of independent pixels N(mean, std²); class k moves the mean by k·shift.
+
+    With x_t = a x_0 + s ε the best prediction is E[x_0 | x_t] = m + std² a / (a² std² + s²) (x_t - a m).
+    """
+
+    @register_to_config
+    def __init__(self, mean=0.3, std=0.2, shift=0.0, prediction_type="epsilon", learned_variance=False,
+                 sample_size=8, in_channels=1, num_class_embeds=None):  # fmt: skip
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.log_ratio = ((1 / MiniDDPMScheduler().alphas_cumprod.double() - 1) ** 0.5).log()  # log s/a
+
+    def forward(self, sample, timestep, class_labels=None):
+        c, t = self.config, timestep.double().clamp(0, 999)
+        low = t.floor().long()
+        ratio = torch.lerp(self.log_ratio[low], self.log_ratio[(low + 1).clamp(max=999)], t - low).exp()
+        a = (1 + ratio**2) ** -0.5
+        s, x = a * ratio, sample.double()
+        mean = torch.full((len(x), 1, 1, 1), c.mean, dtype=torch.float64)
+        if class_labels is not None:  # the null label, last, is the plain mean
+            known = class_labels != c.num_class_embeds - 1
+            mean = mean + c.shift * (class_labels * known).view(-1, 1, 1, 1)
+        x_0 = mean + c.std**2 * a / (a**2 * c.std**2 + s**2) * (x - a * mean)
+        eps = (x - a * x_0) / s
+        output = {"epsilon": eps, "sample": x_0, "v_prediction": a * eps - s * x_0}[c.prediction_type].float()
+        if c.learned_variance:
+            output = torch.cat([output, torch.ones_like(output)], dim=1)
+        return UNet2DOutput(sample=output)
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+@pytest.fixture
+def plain(tiny_unet):
+    return quiet(MiniDDPMPipeline(tiny_unet(), MiniDDIMScheduler()))
+
+
+@pytest.fixture
+def labelled(tiny_unet):
+    return quiet(MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDIMScheduler(), DIGITS))
+
+
+# ---- The loop is right ----------------------------------------------------------------------------------------------
+
+
+ALL_SCHEDULERS = sorted({cls.__name__ for cls in MiniDDPMScheduler().compatibles + MiniDDIMScheduler().compatibles})
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_SCHEDULERS if not name.startswith("EDM")])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+# Of diffusers' and its friends' own making: NumPy 2 conversions, Brownian trees, unused config keys.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Should have t")
+def test_any_scheduler_gives_the_distribution(name, prediction_type):
+    """From exact predictions every scheduler must reach the data's mean and, in 20 steps nearly, its deviation."""
+    cls = getattr(diffusers, name)
+    if "SDE" in name:
+        pytest.importorskip("torchsde")
+    if name == "LMSDiscreteScheduler":
+        pytest.importorskip("scipy")
+    spacing = {}
+    if name == "PNDMScheduler":  # its warm-up extrapolates ε at t = T - 1 and diverges there
+        spacing = {"timestep_spacing": "leading"}
+        if prediction_type == "sample":
+            pytest.skip("PNDM knows no prediction of x_0")
+    if prediction_type == "sample" and name in ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+                                                "HeunDiscreteScheduler", "DPMSolverSDEScheduler",
+                                                "EulerAncestralDiscreteScheduler"):  # fmt: skip
+        pytest.skip("diffusers raises NotImplementedError")
+    ours = MiniDDPMScheduler(prediction_type=prediction_type, clip_sample=False, **spacing)
+    pipe = quiet(MiniDDPMPipeline(GaussianDenoiser(prediction_type=prediction_type), cls.from_config(ours.config)))
+    output = pipe(16, 20, generator=seeds(*range(16)), output_type="latent", return_trajectory=True)
+    assert abs(output.images.mean() - 0.3) < 0.03
+    assert abs(output.images.std() - 0.2) < 0.06
+    # The predicted x_0 is the scheduler's or derived; the last one is nearly the image.
+    assert output.pred_original_samples.shape == (pipe.num_timesteps, 16, 1, 8, 8)
+    assert abs(output.pred_original_samples[-1].mean() - 0.3) < 0.03
+    assert abs(output.pred_original_samples[-1].std() - 0.2) < 0.06
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_predicted_x0_is_derived_where_the_scheduler_returns_none(name, karras, prediction_type):
+    """These two keep their x_0 to themselves; ours must be the same, also between whole timesteps (Karras)."""
+    config = MiniDDPMScheduler(prediction_type=prediction_type, clip_sample=False).config
+    scheduler = getattr(diffusers, name).from_config(config, use_karras_sigmas=karras)
+    pipe = quiet(MiniDDPMPipeline(GaussianDenoiser(prediction_type=prediction_type), scheduler))
+    kept = []
+    output = pipe(2, 10, generator=seeds(0, 1), output_type="latent", return_trajectory=True,
+                  callback_on_step_end=lambda pipe, *args: kept.append(pipe.scheduler.model_outputs[-1]))  # fmt: skip
+    torch.testing.assert_close(output.pred_original_samples, torch.stack(kept), atol=1e-5, rtol=1e-4)
+
+
+def test_ddim_equals_diffusers_pipeline(tiny_unet):
+    """Where diffusers is right (a dividing step count, trailing), its own pipeline gives the same images."""
+    theirs = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    unet = tiny_unet()
+    expected = quiet(diffusers.DDIMPipeline(unet, theirs))(
+        2, num_inference_steps=10, eta=1.0, generator=torch.manual_seed(0), output_type="np").images  # fmt: skip
+    for scheduler in (MiniDDIMScheduler(), theirs):
+        pipe = quiet(MiniDDPMPipeline(unet, scheduler))
+        images = pipe(2, 10, eta=1.0, generator=torch.manual_seed(0), output_type="np").images
+        np.testing.assert_allclose(images, expected, atol=2e-6)
+
+
+def test_a_unet_of_diffusers():
+    unet = UNet2DModel(
+        sample_size=(8, 12),
+        in_channels=3,
+        out_channels=3,
+        num_class_embeds=4,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    pipe = quiet(MiniDDPMClassConditionalPipeline(unet, diffusers.DDPMScheduler()))
+    (image,) = pipe(2, num_inference_steps=2).images
+    assert image.size == (12, 8) and image.mode == "RGB"
+
+
+def test_learned_variance(tiny_unet):
+    """Twice the channels: DDPM uses the variance; other schedulers get the prediction alone, also after conversion."""
+    ours = MiniDDPMScheduler(variance_type="learned_range", clip_sample=False)
+    unet = GaussianDenoiser(learned_variance=True)
+    stds = {}
+    for cls in (MiniDDPMScheduler, diffusers.DDPMScheduler, MiniDDIMScheduler, diffusers.DDIMScheduler,
+                diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler):  # fmt: skip
+        pipe = quiet(MiniDDPMPipeline(unet, cls.from_config(ours.config)))
+        images = pipe(8, 25, generator=seeds(*range(8)), output_type="latent").images
+        assert images.shape == (8, 1, 8, 8) and abs(images.mean() - 0.3) < 0.03
+        stds[cls.__name__] = images.std()
+    # The variance channel says 1, the largest: DDPM's samples must show it.
+    assert stds["MiniDDPMScheduler"] > stds["MiniDDIMScheduler"] + 0.01
+    fixed = MiniDDPMScheduler(variance_type="fixed_small", clip_sample=False)
+    pipe = quiet(MiniDDPMPipeline(unet, fixed))
+    assert pipe(1, 3, output_type="latent").images.shape == (1, 1, 8, 8)
+
+
+def test_guidance_is_the_formula():
+    """In closed form: guided x_0 = uncond + s (cond - uncond), so the mean lands at mean + s·k·shift."""
+    unet = GaussianDenoiser(mean=0.0, std=0.05, shift=0.1, prediction_type="sample", num_class_embeds=5)
+    pipe = quiet(
+        MiniDDPMClassConditionalPipeline(unet, MiniDDIMScheduler(prediction_type="sample", clip_sample=False))
+    )
+
+    def mean(labels, scale):
+        images = pipe(labels, guidance_scale=scale, num_inference_steps=50, generator=seeds(*range(len(labels))),
+                      output_type="latent").images  # fmt: skip
+        return images.mean(dim=(1, 2, 3))
+
+    expected = torch.tensor([0.0, 0.1, 0.3])
+    for scale, factor in ((0.0, 1), (1.0, 1), (2.0, 2), (3.0, 3)):  # at 1 and below: none
+        torch.testing.assert_close(mean([0, 1, 3], scale), expected * factor, atol=0.02, rtol=0)
+    torch.testing.assert_close(mean([4, 4, 4], 3.0), torch.zeros(3), atol=0.02, rtol=0)  # no class, nothing to guide
+
+
+def test_guidance_leaves_a_learned_variance_alone():
+    unet = GaussianDenoiser(shift=0.1, num_class_embeds=5, learned_variance=True)
+    pipe = MiniDDPMClassConditionalPipeline(unet, MiniDDPMScheduler())
+    pipe._guidance_scale = 4.0
+    output = pipe._predict(torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([1, 2]))
+    assert output.shape == (2, 2, 8, 8) and (output[:, 1] == 1).all()
+
+
+# ---- Same seed, same image ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [MiniDDIMScheduler, MiniDDPMScheduler])
+def test_the_split_of_the_batch_does_not_matter(plain, labelled, scheduler):
+    labels = [3, 1, 4, 1]
+    for pipe, argument in ((plain, len), (labelled, list)):
+        pipe.scheduler = scheduler()
+
+        def images(rows, pipe=pipe, argument=argument):
+            chosen = argument([labels[row] for row in rows])
+            return pipe(chosen, num_inference_steps=5, eta=1.0, generator=seeds(*rows), output_type="pt").images
+
+        whole = images(range(4))
+        assert whole.std(dim=0).max() > 1e-3  # the rows do differ
+        for rows in ([0], [3], [2, 1], [0, 1, 2]):
+            torch.testing.assert_close(images(rows), whole[rows], atol=1e-5, rtol=0)
+
+
+def test_seed_dtype_and_latents(plain, labelled):
+    reference = plain(2, 4, generator=torch.manual_seed(0), output_type="np").images
+    again = plain(2, 4, generator=torch.manual_seed(0), output_type="np").images
+    other = plain(2, 4, generator=torch.manual_seed(1), output_type="np").images
+    assert np.array_equal(reference, again) and not np.allclose(reference, other, atol=1e-2)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.manual_seed(0))
+    assert np.array_equal(plain(2, 4, latents=noise, output_type="np").images, reference)
+    plain.to(torch.bfloat16)
+    assert plain.dtype == torch.bfloat16
+    half = plain(2, 4, generator=torch.manual_seed(0), output_type="np").images
+    assert half.dtype == np.float32 and np.abs(half - reference).max() < 0.05  # the same noise in every dtype
+    labelled.to(torch.float16)
+    assert np.isfinite(labelled([1], num_inference_steps=2, output_type="np").images).all()
+
+
+def test_output_types_agree(plain):
+    outputs = {kind: plain(2, 3, generator=torch.manual_seed(0), output_type=kind).images for kind in
+               ("pil", "np", "pt", "latent")}  # fmt: skip
+    assert outputs["np"].shape == (2, 8, 8, 1) and outputs["pt"].shape == (2, 1, 8, 8)
+    np.testing.assert_array_equal(outputs["np"].transpose(0, 3, 1, 2), outputs["pt"].numpy())
+    torch.testing.assert_close((outputs["latent"] / 2 + 0.5).clamp(0, 1), outputs["pt"])
+    for image, array in zip(outputs["pil"], outputs["np"], strict=True):
+        assert image.size == (8, 8) and image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image), (array[..., 0] * 255).round().astype("uint8"))
+    assert isinstance(plain(1, 1, return_dict=False), tuple)
+
+
+def test_sizes(plain):
+    assert plain(1, 2, height=5, width=11, output_type="pt").images.shape == (1, 1, 5, 11)
+    assert plain(1, 2, latents=torch.randn(1, 1, 7, 9), output_type="pt").images.shape == (1, 1, 7, 9)
+
+
+def test_trajectory(plain, labelled):
+    """x_T ... x_0 as in the loop, and DDIM's relation between consecutive x_t and the predicted x_0 holds."""
+    plain.scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.manual_seed(0))
+    output = plain(2, 5, latents=noise, output_type="latent", return_trajectory=True)
+    trajectory, predicted = output.latents_trajectory, output.pred_original_samples
+    assert trajectory.shape == (6, 2, 1, 8, 8) and predicted.shape == (5, 2, 1, 8, 8)
+    assert torch.equal(trajectory[0], noise) and torch.equal(trajectory[-1], output.images)
+    cumprod = plain.scheduler.alphas_cumprod
+    for i, (t, s) in enumerate(zip(plain.scheduler.timesteps[:-1], plain.scheduler.timesteps[1:], strict=True)):
+        eps = (trajectory[i] - cumprod[t] ** 0.5 * predicted[i]) / (1 - cumprod[t]) ** 0.5
+        expected = cumprod[s] ** 0.5 * predicted[i] + (1 - cumprod[s]) ** 0.5 * eps
+        torch.testing.assert_close(trajectory[i + 1], expected, atol=1e-4, rtol=1e-4)
+    images, *rest = labelled([1, 2], num_inference_steps=3, return_dict=False, return_trajectory=True)
+    assert len(images) == 2 and [tuple(tensor.shape) for tensor in rest] == [(4, 2, 1, 8, 8), (3, 2, 1, 8, 8)]
+
+
+# ---- Callbacks and the host's machinery -----------------------------------------------------------------------------
+
+
+def test_callback_sees_and_changes(plain, labelled):
+    seen = []
+
+    def zero_at_the_end(pipe, i, t, tensors):
+        seen.append((i, int(t), set(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == pipe.num_timesteps - 1 else {}
+
+    images = plain(1, 4, output_type="latent", callback_on_step_end=zero_at_the_end).images
+    assert not images.any() and plain.num_timesteps == 4
+    assert seen == [(i, int(t), {"latents"}) for i, t in enumerate(plain.scheduler.timesteps)]
+
+    def relabel(pipe, i, t, tensors):
+        return {"class_labels": torch.full_like(tensors["class_labels"], 7)}
+
+    def unguide(pipe, i, t, tensors):
+        pipe._guidance_scale = 0.0
+
+    two = {"num_inference_steps": 2, "latents": torch.ones(1, 1, 8, 8), "output_type": "pt", "guidance_scale": 3.0}
+    as_is = labelled([3], **two).images
+    relabelled = labelled(
+        [3], callback_on_step_end=relabel, callback_on_step_end_tensor_inputs=["class_labels"], **two
+    )
+    unguided = labelled([3], callback_on_step_end=unguide, **two)
+    assert not torch.allclose(as_is, relabelled.images) and not torch.allclose(as_is, unguided.images)
+    assert labelled.guidance_scale == 0.0 and not labelled.do_classifier_free_guidance
+
+
+def test_interrupt(plain):
+    steps = []
+
+    def stop(pipe, i, t, tensors):
+        steps.append(i)
+        pipe._interrupt = i == 1
+
+    output = plain(1, 5, callback_on_step_end=stop, return_trajectory=True)
+    assert steps == [0, 1] and plain.interrupt and len(output.latents_trajectory) == 3
+    plain(1, 3)
+    assert not plain.interrupt
+
+
+def test_from_pipe_shares_the_weights_as_they_are(labelled):
+    labelled.to(torch.bfloat16)
+    other = MiniDDPMPipeline.from_pipe(labelled)
+    assert other.unet is labelled.unet and other.dtype == torch.bfloat16
+    back = MiniDDPMClassConditionalPipeline.from_pipe(labelled)
+    assert back.config.id2label == DIGITS and back.unet is labelled.unet
+    with_scheduler = MiniDDPMPipeline.from_pipe(labelled, scheduler=MiniDDPMScheduler())
+    assert type(with_scheduler.scheduler) is MiniDDPMScheduler
+
+
+def test_compiled_unet_saves(plain, tmp_path):
+    plain.unet = torch.compile(plain.unet, backend="eager")
+    plain.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["unet"][1] == "MiniUNet2DModel"
+    MiniDDPMPipeline.from_pretrained(tmp_path)
+
+
+# ---- Labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [3, "three", [3], ["three"], np.array([3]), np.int64(3), torch.tensor(3),
+                                    torch.tensor([3], dtype=torch.int32)])  # fmt: skip
+def test_labels_in_any_form(labelled, labels):
+    assert labelled.get_label_ids(labels) == [3]
+
+
+def test_id2label_survives_json(labelled, tmp_path):
+    labelled.save_pretrained(tmp_path)
+    again = MiniDDPMClassConditionalPipeline.from_pretrained(tmp_path)
+    assert again.config.id2label == DIGITS and again.get_label_ids(["nine", 0]) == [9, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ("cat", ValueError, "Unknown class label 'cat'; it must be one of zero, one, two, .*nine"),
+        (["one", "cat"], ValueError, "'cat'"),
+        (11, ValueError, "Class label 11 is out of range; it must be 0 to 9, or 10 for no class"),
+        (-1, ValueError, "-1 is out of range"),
+        (3.0, TypeError, "3.0"),
+        (True, TypeError, "True"),
+        (None, TypeError, "None"),
+        (torch.tensor([0.5]), TypeError, "0.5"),
+        (torch.tensor([[1, 2]]), TypeError, r"\[1, 2\]"),
+        ([], ValueError, "`class_labels` is empty"),
+    ],
+)
+def test_bad_labels(labelled, labels, error, message):
+    with pytest.raises(error, match=message) as raised:
+        labelled(labels)
+    assert "\n" not in str(raised.value)
+
+
+def test_labels_for_a_network_without_them(tiny_unet):
+    pipe = MiniDDPMClassConditionalPipeline(tiny_unet(num_class_embeds=None), MiniDDIMScheduler())
+    with pytest.raises(ValueError, match=r"takes no class labels .*use MiniDDPMPipeline"):
+        pipe([1])
+
+
+def test_a_name_without_names(tiny_unet):
+    pipe = MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDIMScheduler())
+    with pytest.raises(ValueError, match=r"Unknown class label 'one'; it must be an integer, since .* no `id2label`"):
+        pipe("one")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), None, "2"])
+def test_bad_guidance_scale(labelled, scale):
+    with pytest.raises(ValueError, match="`guidance_scale` must be a finite number"):
+        labelled([1], guidance_scale=scale)
+
+
+# ---- Other arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be a whole number, at least 1, but is 0"),
+        ({"num_inference_steps": -5}, "-5"),
+        ({"num_inference_steps": 2.5}, "2.5"),
+        ({"num_inference_steps": True}, "True"),
+        ({"num_inference_steps": 1001}, "at most 1000, .* but is 1001"),
+        ({"eta": -0.1}, "`eta` must be a number of at least 0, .* but is -0.1"),
+        ({"eta": "1"}, "'1'"),
+        ({"height": 0}, "`height` must be a whole number"),
+        ({"output_type": "jpg"}, "`output_type` must be one of pil, np, pt, latent, but is 'jpg'"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "must be out of latents.*'prompt'"),
+        ({"generator": seeds(0, 1, 2)}, "`generator` is a list of 3 for 2 images"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"shape \(2, 1, 8, 8\), but has \(2, 3, 8, 8\)"),
+        ({"latents": torch.zeros(3, 1, 8, 8)}, r"but has \(3, 1, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8)}, r"but has \(2, 1, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "height": 9}, r"shape \(2, 1, 9, 8\)"),
+    ],
+)
+def test_bad_arguments(plain, labelled, arguments, message):
+    for call in (lambda **kwargs: plain(2, **kwargs), lambda **kwargs: labelled([1, 2], **kwargs)):
+        with pytest.raises(ValueError, match=message) as raised:
+            call(**arguments)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
+def test_bad_batch_size(plain, batch_size):
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number"):
+        plain(batch_size)
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
+                                  "FlowMatchEulerDiscreteScheduler"])  # fmt: skip
+def test_schedulers_of_another_process_are_refused(plain, name):
+    plain.scheduler = getattr(diffusers, name)()
+    with pytest.raises(ValueError, match=f"{name} cannot drive this pipeline: it has no `alphas_cumprod`"):
+        plain()
+
+
+# ---- load_pipeline --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(labelled, tmp_path):
+    labelled.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_load_pipeline(folder):
+    for name in (folder, str(folder)):
+        pipe = load_pipeline(name)
+        assert type(pipe) is MiniDDPMClassConditionalPipeline
+    pipe = load_pipeline(folder, scheduler=MiniDDPMScheduler(), dtype=torch.bfloat16)
+    assert type(pipe.scheduler) is MiniDDPMScheduler and pipe.dtype == torch.bfloat16
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        content.pop(key, None)
+        if value is not None:
+            content[key] = value
+    file.write_text(json.dumps(content))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garble(file):
+    content = bytearray(file.read_bytes())
+    content[8:40] = b"\xff" * 32
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), OSError, "is no pipeline: it has no model_index.json"),
+        (lambda f: (f / "model_index.json").write_text("{"), ValueError, "model_index.json is not valid JSON"),
+        (lambda f: edit(f / "model_index.json", _class_name="DDPMPipeline"), ValueError, "'DDPMPipeline', which"),
+        (lambda f: edit(f / "model_index.json", vae=["diffusers", "VAE"]), ValueError, "unknown key 'vae'"),
+        (lambda f: edit(f / "model_index.json", unet=None), ValueError, "model_index.json: the key 'unet' is missing"),
+        (lambda f: edit(f / "model_index.json", unet=["their_unet", "UNet"]), ValueError, "unknown class, 'UNet'"),
+        (lambda f: shutil.rmtree(f / "scheduler"), OSError, "incomplete pipeline: .*scheduler/scheduler_config.json"),
+        (lambda f: edit(f / "unet/config.json", colour=1), ValueError, "unet/config.json: unknown key 'colour'"),
+        (lambda f: edit(f / "unet/config.json", sample_size=None), ValueError, "the key 'sample_size' is missing"),
+        (lambda f: edit(f / "scheduler/scheduler_config.json", betas_=1), ValueError, "unknown key 'betas_'"),
+        (lambda f: cut(f / "unet/diffusion_pytorch_model.safetensors"), ValueError,
+         "diffusion_pytorch_model.safetensors is truncated or corrupt"),
+        (lambda f: garble(f / "unet/diffusion_pytorch_model.safetensors"), ValueError, "is truncated or corrupt"),
+        (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), OSError, "has no weights"),
+        (lambda f: edit(f / "unet/config.json", block_out_channels=[16, 16]), ValueError, "does not fit .*config"),
+    ],
+)  # fmt: skip
+def test_load_pipeline_says_what_is_wrong(folder, damage, error, message):
+    damage(folder)
+    with pytest.raises(error, match=message) as raised:
+        load_pipeline(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_converted_scheduler_keeps_the_keys_of_others(folder):
+    """diffusers stores the keys of the scheduler that a config came from; they are not mistakes."""
+    pipe = load_pipeline(folder)
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=3)
+    pipe.scheduler = MiniDDIMScheduler.from_config(solver.config)
+    pipe.save_pretrained(folder)
+    load_pipeline(folder)
+
+
+@pytest.mark.parametrize("name", ["no-such-thing", "a/b/c", "bad name/x"])
+def test_load_pipeline_of_nothing(name):
+    with pytest.raises(OSError, match=f"No pipeline {name!r}: it is not a folder"):
+        load_pipeline(name)
+
+
+def test_load_pipeline_from_the_hub_in_plain_words(fresh_process, loopback_hub):
+    loopback_hub.commit("user/empty", {"README.md": b"nothing"})
+    loopback_hub.commit("user/private", {"model_index.json": b"{}"})
+    loopback_hub.repos["user/private"]["private"] = True
+    code = """
+import json, mini_ddpm
+out = {}
+for name, kwargs in {
+    "user/missing": {}, "user/private": {}, "user/empty": {}, "user/empty@": {"revision": "v9"},
+    "user/offline": {"local_files_only": True}}.items():
+    try:
+        mini_ddpm.load_pipeline(name.rstrip("@"), **kwargs)
+    except OSError as error:
+        out[name] = [str(error), type(error.__cause__).__name__]
+print(json.dumps(out))
+"""
+    run = fresh_process(code, token=None)
+    for name, message in {
+        "user/missing": "No repository user/missing on the Hub, or it is private",
+        "user/private": "No repository user/private on the Hub, or it is private",
+        "user/empty": "The repository user/empty holds no pipeline: it has no model_index.json",
+        "user/empty@": "The repository user/empty has no revision 'v9'",
+        "user/offline": "The repository user/offline (revision 'main') is not in the local cache",
+    }.items():
+        line, cause = run.result[name]
+        assert line.startswith(message) and "\n" not in line, line
+        assert cause != "NoneType"

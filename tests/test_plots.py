@@ -1,0 +1,129 @@
+"""Pictures: where each tile lies, what a frame shows, and what cannot be drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mini_ddpm import MiniDDPMScheduler
+from mini_ddpm.plots import denoising_film, noising_strip, sample_grid, save_film
+
+GAP = 2
+
+
+def flat_images(count: int, channels: int = 1, size: int = 8) -> np.ndarray:
+    """Images of one brightness each: 10, 20, 30, ..."""
+    values = 10 * np.arange(1, count + 1, dtype=np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (count, size, size, channels))
+
+
+def test_tiles_lie_row_by_row_and_are_enlarged_without_smoothing():
+    page = np.asarray(sample_grid(flat_images(6), columns=3, scale=2))
+    assert page.shape == (GAP + 2 * (16 + GAP), GAP + 3 * (16 + GAP), 3)
+    for i in range(6):
+        row, column = divmod(i, 3)
+        top, left = GAP + row * (16 + GAP), GAP + column * (16 + GAP)
+        assert (page[top : top + 16, left : left + 16] == 10 * (i + 1)).all()
+    tiles = sum((page == 10 * (i + 1)).all(-1).sum() for i in range(6))
+    assert tiles + (page == 255).all(-1).sum() == page.shape[0] * page.shape[1]  # the rest is paper
+
+
+def test_default_grid_is_about_square_and_never_wider_than_its_images():
+    assert sample_grid(flat_images(9), scale=1).size == (GAP + 3 * (8 + GAP),) * 2
+    assert sample_grid(flat_images(2), columns=10, scale=1).size == (GAP + 2 * (8 + GAP), GAP + 8 + GAP)
+
+
+def test_pil_and_rgb_images_are_drawn_as_they_are():
+    grey = [Image.fromarray(image[..., 0]) for image in flat_images(4)]
+    assert sample_grid(grey) == sample_grid(flat_images(4))
+    red = flat_images(1, channels=3) * np.array([1, 0, 0], dtype=np.uint8)
+    assert sample_grid(red, scale=1).getpixel((GAP, GAP)) == (10, 0, 0)
+
+
+def test_labels_are_written_once_per_column_where_they_agree():
+    images = flat_images(6, size=28)
+    plain = sample_grid(images, columns=3)
+    once = sample_grid(images, [3, 1, 4] * 2, columns=3)
+    each = sample_grid(images, [3, 1, 4, 1, 5, 9], columns=3)
+    caption = once.height - plain.height
+    assert caption > 8 and each.height - plain.height == 2 * caption
+    head = np.asarray(once)[:caption]
+    for column in range(3):  # something dark stands over each column, and not the same thing
+        assert (head[:, GAP + column * 58 : (column + 1) * 58] < 128).any()
+    assert (head[:, :58] != head[:, 58:116]).any()
+
+
+def test_a_long_label_widens_its_column():
+    images = flat_images(2, size=8)
+    assert sample_grid(images, ["ankle boot", "bag"]).width > sample_grid(images, ["a", "b"]).width
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "message"),
+    [
+        (flat_images(0), {}, "no images"),
+        (flat_images(2, channels=2), {}, "grey or RGB"),
+        (flat_images(2) / 255, {}, "float64"),
+        (flat_images(2), {"labels": ["1"]}, "1 labels for 2 images"),
+        (flat_images(2), {"columns": 0}, "columns"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_grid(images, **arguments)
+
+
+def test_film_goes_from_noise_to_sample_beside_the_prediction():
+    steps, count = 4, 4
+    x0 = torch.full((count, 1, 8, 8), 0.5)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    trajectory = torch.stack([x0 + (1 - i / steps) * noise for i in range(steps + 1)])
+    frames = denoising_film(trajectory, x0.expand(steps, *x0.shape), scale=1)
+    assert len(frames) == steps + 1 and len({frame.size for frame in frames}) == 1
+
+    still = sample_grid(((x0.permute(0, 2, 3, 1).numpy() + 1) * 127.5).round().astype(np.uint8), scale=1)
+    last = np.asarray(frames[-1])
+    half = (last.shape[1] + 4 * GAP) // 2
+    top = last.shape[0] - still.height
+    for left in (0, half):  # both halves end at x_0
+        assert (last[top:, left : left + still.width] == np.asarray(still)).all()
+    first = np.asarray(frames[0])
+    assert (first[top:, half : half + still.width] == np.asarray(still)).all()
+    assert (first[top:, : still.width] != np.asarray(still)).any()
+
+
+def test_film_brings_the_scale_of_sigma_space_samplers_back():
+    noise = torch.randn(1, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    near, far = (denoising_film(torch.cat([scale * noise, noise]), scale=1)[0] for scale in (2.0, 1e4))
+    assert near == far
+
+
+def test_film_refuses_predictions_of_another_trajectory():
+    with pytest.raises(ValueError, match="needs 2 predictions"):
+        denoising_film(torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_film_is_written_with_every_frame_and_repeats(tmp_path, suffix):
+    trajectory = torch.linspace(-1, 1, 5)[:, None, None, None, None].expand(5, 1, 1, 8, 8)
+    save_film(denoising_film(trajectory), tmp_path / f"film{suffix}", seconds=1)
+    with Image.open(tmp_path / f"film{suffix}") as film:
+        assert film.n_frames == 5
+        assert film.info["loop"] == 0
+
+
+def test_noising_strip_begins_clean_and_ends_in_noise():
+    scheduler = MiniDDPMScheduler()
+    images = torch.full((2, 1, 28, 28), -1.0)
+    strip = noising_strip(images, scheduler, timesteps=[0, 500, 999], generator=torch.Generator().manual_seed(0))
+    page = np.asarray(strip)[..., 0].astype(float)
+    cell = (strip.width - GAP) // 4
+    left = [GAP + k * cell + (cell - GAP - 56) // 2 for k in range(4)]
+    tiles = [page[-(56 + GAP) : -GAP, x : x + 56] for x in left]
+    spread = [tile.std() for tile in tiles]
+    assert spread[0] == 0 and tiles[0].max() == 0
+    assert spread[1] < spread[2] < spread[3]
+    # a standard normal clipped to [-1, 1] has the standard deviation 0.718, in bytes 91.6
+    assert spread[3] == pytest.approx(91.6, rel=0.05)

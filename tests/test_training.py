@@ -1,0 +1,362 @@
+"""Training: the loss is the paper's, a run cut anywhere goes on as if it had not been, failures keep what there is."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mini_ddpm import MiniDDIMScheduler, load_pipeline, training
+from mini_ddpm.training import TrainConfig, _image_ids, _noise_batch, compute_loss, train
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Sixteen grey 8x8 pictures in two classes: bright squares in the left or in the right half."""
+    root = tmp_path_factory.mktemp("pictures")
+    for index in range(16):
+        name = ("left", "right")[index % 2]
+        pixels = np.zeros((8, 8), dtype=np.uint8)
+        row, column = index // 4, index // 2 % 2 + 4 * (index % 2)
+        pixels[row : row + 4, column : column + 3] = 255
+        (root / name).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / name / f"{index:02d}.png")
+    return root
+
+
+@pytest.fixture
+def config(pictures, tmp_path):
+    """Twenty steps of a tiny network."""
+    return TrainConfig(
+        dataset_name=str(pictures),
+        output_dir=tmp_path / "run",
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        train_batch_size=4,
+        max_train_steps=20,
+        lr_warmup_steps=5,
+        checkpointing_steps=10,
+        logging_steps=5,
+        save_images_epochs=0,
+        log_with="none",
+        device="cpu",
+        mixed_precision="no",
+    )
+
+
+def weights(folder):
+    return load_file(folder / WEIGHTS)
+
+
+def assert_equal_weights(folder, other):
+    expected = weights(other)
+    assert [key for key, tensor in weights(folder).items() if not torch.equal(tensor, expected[key])] == []
+
+
+def run_in_process(config, launcher=()):
+    """Start `train(config)` in a process of its own."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
+    script = config.output_dir.parent / "train.py"
+    script.write_text(
+        "import json, sys\nfrom mini_ddpm.training import TrainConfig, train\n"
+        f"train(TrainConfig(**json.loads({json.dumps(json.dumps(values))})))\n"
+    )
+    command = [sys.executable, *launcher, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------
+
+
+class OfEpsilon(torch.nn.Module):
+    """One and the same prediction of the noise, ε + δ, told as ε, x_0 or v."""
+
+    def __init__(self, scheduler, images, noise, error):
+        super().__init__()
+        self.scheduler, self.images, self.noise, self.error = scheduler, images, noise, error
+
+    def forward(self, sample, timesteps, class_labels):
+        alphas_cumprod = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1).double()
+        alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        epsilon = self.noise + self.error
+        x0 = self.images - sigma / alpha * self.error
+        told = {"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0}
+        return SimpleNamespace(sample=told[self.scheduler.config.prediction_type])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("snr_gamma", [1e9, 5.0, 0.1])
+def test_min_snr_makes_the_three_losses_one(prediction_type, snr_gamma):
+    # Min-SNR weighs the error of x_0 by min(SNR, γ), however it is told; that is min(SNR, γ)/SNR · ||δ||² for an error
+    # δ of the noise.
+    torch.manual_seed(0)
+    scheduler = MiniDDIMScheduler(prediction_type=prediction_type)
+    images, noise, error = (torch.randn(6, 1, 4, 4, dtype=torch.float64) for _ in range(3))
+    timesteps = torch.tensor([3, 100, 300, 500, 700, 900])
+    loss = compute_loss(
+        OfEpsilon(scheduler, images, noise, error), scheduler, images, noise, timesteps, None, snr_gamma
+    )
+    alphas_cumprod = scheduler.alphas_cumprod[timesteps].double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    expected = (snr.clamp(max=snr_gamma) / snr * error.square().mean(dim=(1, 2, 3))).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_loss_refuses_a_learned_variance():
+    scheduler, images = MiniDDIMScheduler(), torch.zeros(2, 1, 4, 4)
+    doubled = OfEpsilon(scheduler, images, torch.zeros(2, 2, 4, 4), 0.0)
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 4\).*\(2, 1, 4, 4\)"):
+        compute_loss(doubled, scheduler, images, images, torch.tensor([1, 2]))
+
+
+# ---- what each step sees -----------------------------------------------------------------------------------
+
+
+def process(index, of):
+    return SimpleNamespace(process_index=index, num_processes=of, device=torch.device("cpu"))
+
+
+def test_every_epoch_shows_every_image_once_in_a_new_order():
+    config = TrainConfig(train_batch_size=4)
+    stream = torch.cat(list(_image_ids(config, process(0, 1), 10, range(5))))
+    first, second = stream[:10], stream[10:]
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
+    assert first.tolist() != second.tolist()
+
+
+def test_processes_share_the_batch_of_one():
+    images, labels = torch.zeros(8, 1, 4, 4), torch.arange(8)
+    whole = _noise_batch(TrainConfig(train_batch_size=8), process(0, 1), 3, images, labels, 8)
+    parts = [_noise_batch(TrainConfig(), process(i, 2), 3, images[:4], labels[4 * i : 4 * i + 4], 8) for i in (0, 1)]
+    for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(of_whole, torch.cat(of_parts))
+    ids = [list(_image_ids(TrainConfig(train_batch_size=4), process(i, 2), 10, range(5))) for i in (0, 1)]
+    ids_whole = list(_image_ids(TrainConfig(train_batch_size=8), process(0, 1), 10, range(5)))
+    assert [torch.cat(pair).tolist() for pair in zip(*ids, strict=True)] == [batch.tolist() for batch in ids_whole]
+
+
+def test_timesteps_are_stratified_and_labels_dropped():
+    config, images = TrainConfig(class_dropout_prob=0.25), torch.zeros(100, 1, 1, 1)
+    seen, dropped = [], 0
+    for step in range(40):
+        noise, timesteps, labels = _noise_batch(config, process(0, 1), step, images, torch.zeros(100).long(), 10)
+        assert (timesteps.sort().values // 10 == torch.arange(100)).sum() >= 1
+        assert torch.histc(timesteps.float(), 10, 0, 1000).tolist() == pytest.approx([10] * 10, abs=1)
+        assert set(labels.tolist()) <= {0, 10}
+        dropped += (labels == 10).sum().item()
+        seen.append(timesteps)
+    seen = torch.cat(seen)
+    assert seen.min() == 0 and seen.max() == 999 and len(seen.unique()) > 900
+    assert dropped / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+def test_overfits_sixteen_images(config, pictures):
+    config = dataclasses.replace(
+        config,
+        class_conditional=True,
+        train_batch_size=16,
+        max_train_steps=250,
+        learning_rate=3e-3,
+        checkpointing_steps=250,
+        ema_max_decay=0.9,
+        save_images_epochs=100,
+        log_with="tensorboard",
+    )
+    folder = train(config)
+    log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.25 * log[0]["loss"]
+    assert log[-1]["images"] == 250 * 16 and log[-1]["epoch"] == 250
+    assert list((folder / "logs").glob("events.*")) and (folder / "samples" / "epoch-0250.png").exists()
+
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(["left"] * 8 + ["right"] * 8, num_inference_steps=20, generator=generator, output_type="pt").images
+    real = torch.stack(
+        [torch.from_numpy(np.asarray(Image.open(path)) / 255.0).float() for path in sorted(pictures.rglob("*.png"))]
+    )
+    distance = (drawn.flatten(1)[:, None] - real.flatten(1)[None]).square().mean(-1).min(dim=1).values.sqrt()
+    assert distance.median() < 0.15  # the pictures themselves are 0.5 apart
+    left, right = drawn[:8], drawn[8:]
+    assert left[..., :4].mean() > 3 * left[..., 5:].mean() and right[..., 5:].mean() > 3 * right[..., :4].mean()
+
+
+def test_ten_steps_and_ten_more_are_twenty(config, capsys):
+    whole = train(dataclasses.replace(config, dropout=0.1))
+    cut = whole.with_name("cut")
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-20")
+    (cut / WEIGHTS).unlink()
+    train(dataclasses.replace(config, dropout=0.1, output_dir=cut))
+    assert "Going on from" in capsys.readouterr().out
+    assert_equal_weights(cut, whole)
+    lines = [json.loads(line) for line in (cut / "train_log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    before = weights(whole)
+    train(dataclasses.replace(config, dropout=0.1))
+    assert "trained already" in capsys.readouterr().out
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights(whole).items())
+
+
+def test_reading_images_as_they_are_needed_changes_nothing(config):
+    cached = train(dataclasses.replace(config, max_train_steps=10))
+    read = train(
+        dataclasses.replace(
+            config,
+            max_train_steps=10,
+            output_dir=cached.with_name("read"),
+            cache_dataset=False,
+            dataloader_num_workers=0,
+        )
+    )
+    assert_equal_weights(read, cached)
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint(config):
+    config = dataclasses.replace(config, max_train_steps=40, checkpointing_steps=2)
+    killed = dataclasses.replace(config, output_dir=config.output_dir.with_name("killed"))
+    running = run_in_process(killed)
+    deadline = time.monotonic() + 120
+    while not (killed.output_dir / "checkpoint-4").exists():
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[0]
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert not (killed.output_dir / "checkpoint-40").exists()
+    assert load_pipeline(killed.output_dir)
+    train(killed)
+    assert_equal_weights(killed.output_dir, train(config))
+    assert not list(killed.output_dir.glob(".*.tmp"))
+
+
+def test_two_processes_are_one_with_twice_the_batch(config):
+    two = dataclasses.replace(config, train_batch_size=2, output_dir=config.output_dir.with_name("two"))
+    running = run_in_process(two, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    try:
+        output = running.communicate(timeout=120)[0]
+    finally:
+        running.kill()
+    assert running.returncode == 0, output
+    # What they predict, not their weights: a bias that the softmax or a norm cancels has only rounding for a gradient,
+    # and Adam walks along it as far as along any other.
+    sample, timesteps = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999])
+    predictions = [load_pipeline(folder).unet(sample, timesteps).sample for folder in (two.output_dir, train(config))]
+    torch.testing.assert_close(*predictions, atol=1e-4, rtol=0)
+    steps = [json.loads(line)["images"] for line in (two.output_dir / "train_log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 80
+
+
+def test_accumulation_counts_optimizer_steps(config):
+    folder = train(dataclasses.replace(config, train_batch_size=2, gradient_accumulation_steps=2))
+    last = json.loads((folder / "train_log.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["images"], last["epoch"]) == (20, 80, 5.0)
+
+
+def test_colour_and_oblong_pictures(config, tmp_path):
+    (tmp_path / "colour").mkdir()
+    for index in range(4):
+        Image.new("RGB", (12, 9), (60 * index, 255, 0)).save(tmp_path / "colour" / f"{index}.png")
+    folder = train(dataclasses.replace(config, dataset_name=str(tmp_path / "colour"), max_train_steps=2))
+    pipe = load_pipeline(folder)
+    assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 3, 9, 12)
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_weights(config, monkeypatch):
+    losses = []
+
+    def overflowing(*args):
+        losses.append(compute_loss(*args))
+        return losses[-1] * (float("nan") if len(losses) > 13 else 1.0)
+
+    monkeypatch.setattr(training, "compute_loss", overflowing)
+    with pytest.raises(FloatingPointError, match=r"loss nan.*Lower learning_rate \(now 0.001\).*checkpoint-10"):
+        train(config)
+    assert [path.name for path in sorted(config.output_dir.glob("checkpoint-*"))] == ["checkpoint-10"]
+    assert all(tensor.isfinite().all() for tensor in weights(config.output_dir).values())
+    monkeypatch.undo()
+    assert_equal_weights(
+        train(config), train(dataclasses.replace(config, output_dir=config.output_dir.with_name("whole")))
+    )
+
+
+def test_a_learning_rate_out_of_reason_stops(config):
+    with pytest.raises(FloatingPointError, match=r"Lower learning_rate \(now 1e\+30\).*none was written yet"):
+        train(dataclasses.replace(config, learning_rate=1e30))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(config):
+    train(dataclasses.replace(config, max_train_steps=10))
+    before = {path: path.read_bytes() for path in config.output_dir.rglob("*.safetensors")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files cannot grow past this, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"Free some space.*checkpoint-10"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(config.output_dir.glob(".*.tmp"))
+    train(config)
+    assert (config.output_dir / "checkpoint-20").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train_batch_size": 0}, "train_batch_size=0 must be at least 1"),
+        ({"max_train_steps": 0}, "max_train_steps=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"class_dropout_prob": 1.0}, r"class_dropout_prob=1.0 must be in \[0, 1\)"),
+        ({"snr_gamma": -1.0}, "snr_gamma=-1.0"),
+        ({"preset": "huge"}, "preset='huge' must be one of mini, tutorial-32, tutorial-64"),
+    ],
+)
+def test_impossible_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused(config):
+    with pytest.raises(ValueError, match="device='cuda'"):
+        train(dataclasses.replace(config, device="cuda"))
+    assert not config.output_dir.exists()
+
+
+def test_other_runs_and_foreign_folders_are_left_alone(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no run of mini-ddpm"):
+        train(config)
+    other = dataclasses.replace(config, output_dir=tmp_path / "other", max_train_steps=1)
+    train(other)
+    with pytest.raises(ValueError, match="prediction_type='v_prediction', not 'epsilon'"):
+        train(dataclasses.replace(other, prediction_type="epsilon"))
+
+
+def test_class_conditional_needs_labels(config, tmp_path):
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(ValueError, match="class_conditional needs labels"):
+        train(dataclasses.replace(config, dataset_name=str(tmp_path / "flat"), class_conditional=True))
