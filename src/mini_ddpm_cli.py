@@ -35,7 +35,6 @@ SCHEDULERS = {
     "ddim": "mini_ddpm.MiniDDIMScheduler",
     "dpmsolver++": "diffusers.DPMSolverMultistepScheduler",
     "unipc": "diffusers.UniPCMultistepScheduler",
-    "heun": "diffusers.HeunDiscreteScheduler",
     "euler": "diffusers.EulerDiscreteScheduler",
     "euler-ancestral": "diffusers.EulerAncestralDiscreteScheduler",
 }

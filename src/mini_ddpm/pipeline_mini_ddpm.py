@@ -260,6 +260,15 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             # Else those that count steps look the first timestep up, and take its second place where a Karras grid has
             # it twice: they then start one step late and run off the end.
             scheduler.set_begin_index(0)
+        if type(scheduler).__name__ in ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
+            # Their correction takes half its slope from σ_1: an error e of the predicted x_0 moves x by e·σ_0 / 2σ_1.
+            first, second = scheduler.sigmas[:2].tolist()
+            if first > second**2:
+                raise ValueError(
+                    f"{type(scheduler).__name__} diverges here: its first step leads from σ = {first:.5g} straight to"
+                    f" {second:.5g}. Make it with `use_karras_sigmas=True` or `timestep_spacing='leading'`, or take"
+                    " another of `pipe.scheduler.compatibles`."
+                )
         latents = latents * scheduler.init_noise_sigma
         channels = latents.shape[1]
 
