@@ -29,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
+from .hub import write_card
 from .pipeline_mini_ddpm import MiniDDPMPipeline
 from .pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
 from .plots import sample_grid
@@ -638,11 +639,13 @@ def _save_pipeline(
         with _clear_write_errors(temporary):
             pipeline.save_pretrained(temporary)
             _flush_to_disk(temporary)
+            (temporary / "README.md").unlink()  # a later one tells more, and may have been edited
             for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 target = config.output_dir / file.relative_to(temporary)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
             shutil.rmtree(temporary)
+            write_card(pipeline, config.output_dir)
         if epoch is not None:
             (config.output_dir / "samples").mkdir(exist_ok=True)
             pipeline.set_progress_bar_config(disable=True)

@@ -9,6 +9,7 @@ patch stem as in DiT (2212.09748, section 3.2). The file is self-contained so th
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -410,6 +411,18 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             raise ValueError(
                 f"num_class_embeds={config.num_class_embeds} must be at least 2: one class and the null label."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "MiniUNet2DModel":
+        """Loads the network as diffusers does, but never from a pickle unless `use_safetensors=False` asks for one.
+
+        Left to itself diffusers falls back to a pickle where there are no safetensors.
+        """
+        if kwargs.get("use_safetensors") is None:  # what the pipelines pass when nothing was said
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniUNet2DModel":
