@@ -195,7 +195,8 @@ def _explain(name: str, causes: list[BaseException], revision: str, otherwise: s
         if any(isinstance(cause, kind) for cause in causes):
             return message
     if not answers and any(isinstance(cause, HTTPError) for cause in causes):
-        return f"The Hub ({constants.ENDPOINT}) cannot be reached: {_first_line(causes[-1])}. Is there a network?"
+        reason = _first_line(causes[-1])
+        return f"The connection to the Hub ({constants.ENDPOINT}) failed: {reason}. Check the network, and try again."
     return otherwise.format(name, _first_line(answers[0] if answers else causes[-1]))
 
 
@@ -464,7 +465,7 @@ def render_card(facts: dict[str, Any]) -> str:
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(context)
-    card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n\n"))
+    card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text.strip()}\n\n"))
     return card + _SIGNATURE.format(_hash(card))
 
 
@@ -682,7 +683,15 @@ def verify(repo_id: str, *, revision: str | None = None, token: str | bool | Non
         ValueError: The cache holds nothing of the repository.
     """
     with _plain_words(repo_id, revision, "Cannot verify {}: {}"):
-        found = HfApi(token=token).verify_repo_checksums(repo_id, revision=revision)
+        try:
+            found = HfApi(token=token).verify_repo_checksums(repo_id, revision=revision)
+        except HFValidationError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"Nothing of {repo_id} (revision {revision or 'main'!r}) is in the cache to be verified; pull it first,"
+                f" as `mini-ddpm sample {repo_id}` does."
+            ) from error
     for mismatch in found.mismatches:
         file = found.verified_path / mismatch["path"]
         file.resolve().unlink()
