@@ -37,9 +37,8 @@ def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "eve
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         a, a_next = alpha_bar(t, T), alpha_bar(t_next, T)  # ᾱ_{-1} = 1: the clean image
         v = pipe.unet(x, t).sample  # the network predicts the velocity v = √ᾱ ε - √(1-ᾱ) x_0 (2202.00512, app. D)
-        x_0 = math.sqrt(a) * x - math.sqrt(1 - a) * v
-        epsilon = math.sqrt(1 - a) * x + math.sqrt(a) * v
-        x_0 = x_0.clamp(-1, 1)  # pixels are in [-1, 1]
+        x_0 = (math.sqrt(a) * x - math.sqrt(1 - a) * v).clamp(-1, 1)  # solved for x_0; pixels are in [-1, 1]
+        epsilon = (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)  # x_t = √ᾱ x_0 + √(1-ᾱ) ε, solved for ε
         x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (2010.02502, eq. 12)
 
     by_hand = (x / 2 + 0.5).clamp(0, 1)

@@ -45,12 +45,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if label_column is not None:
             self._labels = list(rows[label_column])
             names = getattr(rows.features[label_column], "names", None)
-            limit = len(names) if names else math.inf
+            end = len(names) if names else math.inf
             for index, label in enumerate(self._labels):
-                if type(label) is not int or not 0 <= label < limit:
+                if type(label) is not int or not 0 <= label < end:
+                    allowed = f"0 to {end - 1}" if names else "0, 1, ..."
                     raise ValueError(
-                        f"Label column {label_column!r} must hold a class index, 0 to {limit - 1 if names else '...'}, "
-                        f"for every image, but image {self._name(index)} has {label!r}."
+                        f"Label column {label_column!r} must hold class indices ({allowed}), "
+                        f"but image {self._name(index)} has {label!r}."
                     )
             self.id2label = dict(enumerate(names or map(str, range(max(self._labels) + 1))))
 
@@ -180,8 +181,6 @@ def image_dataset(
         if not pictures:
             raise ValueError(f"Dataset {str(name)!r} holds no images; its columns are {columns}. Pass --image-column.")
         image_column = pictures[0]
-    if len(rows) == 0:
-        raise ValueError(f"Dataset {str(name)!r}, split {split!r}, holds no images.")
     if label_column is None:
         classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
         label_column = next((key for key in (*classes, "label", "labels") if key in rows.column_names), None)

@@ -116,6 +116,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: float = 1.5,
         num_inference_steps: int = 50,
         eta: float = 0.0,
+        use_clipped_model_output: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         height: int | None = None,
@@ -134,6 +135,9 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_scale: s in uncond + s·(cond - uncond); active above 1, where a step costs twice as much.
             num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`.
             eta: DDIM's η: 0 is deterministic, 1 has DDPM's noise. Ignored by schedulers whose step has no η.
+            use_clipped_model_output: Whether DDIM takes for the noise in x_t what the clipped x_0 leaves of it. The
+                network's own noise, which diffusers takes by default, does not fit a clipped x_0, and the misfit adds
+                up over the steps: guided images drift off their class. Ignored by other schedulers.
             generator: Makes the result repeatable. With a list of B generators each image depends on its own
                 generator alone, so that the same seed gives the same image however the batch is split.
             latents: The noise to start from, (B, C, H, W), standard normal; drawn with `generator` if None.
@@ -175,6 +179,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             {"class_labels": torch.tensor(labels, device=latents.device)},
             num_inference_steps,
             eta,
+            use_clipped_model_output,
             generator,
             output_type,
             return_dict,
@@ -331,6 +336,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         tensors: dict[str, Any],
         num_inference_steps: int,
         eta: float,
+        use_clipped_model_output: bool,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         return_dict: bool,
@@ -350,7 +356,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         # Each scheduler's step takes what it needs and raises on the rest.
         accepted = inspect.signature(scheduler.step).parameters
-        step_kwargs = {k: v for k, v in (("eta", eta), ("generator", generator)) if k in accepted}
+        step_kwargs = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
         # A learned variance comes in channels C..2C. Only DDPM's step uses it, if configured to; the others get the
         # prediction alone. The key in the config proves nothing: it stays there through `from_config`.
         takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range") and (

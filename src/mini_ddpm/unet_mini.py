@@ -23,9 +23,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, where it is cheap. "tutorial-32"
-# and "tutorial-64" have the widths of the tutorial this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no
-# attention) and depart from it where it could not run or could not be right:
+# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, where it is cheap. The others
+# have the widths of the tutorial that this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no attention), and
+# depart from it where it could not run or could not be right:
 #   - GroupNorm in place of BatchNorm, whose batch statistics mix noise levels and which EMA does not average;
 #   - 28 -> 14 -> 7 -> 4 is retraced as 4 -> 7 -> 14 -> 28 (the tutorial doubled 4 to 8 and met a skip of 7);
 #   - every skip connection is used (the tutorial's loop over `reversed(in_out[1:])` left one out).
@@ -381,7 +381,12 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             )
 
         self.norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=norm_eps)
-        self.conv_out = zero_init(nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1))
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)
+        # A new network predicts next to nothing, so its first loss is that of predicting the mean. At exactly nothing,
+        # no other layer would get a gradient in the first step, and an adapter on them would change nothing.
+        with torch.no_grad():
+            for parameter in self.conv_out.parameters():
+                parameter.mul_(0.1)
 
     def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
         """Refuse a shape that cannot be built, naming the key that is wrong."""
