@@ -203,7 +203,7 @@ class LoopbackHub:
             ]
         if action == "commit":
             is_pr = "create_pr=1" in query
-            if not is_pr and not repo_id.startswith("user/"):
+            if not (is_pr or ref.startswith("refs/pr/") or repo_id.startswith("user/")):
                 raise HubError(403, "Forbidden", "You are no member of it")
             changed = dict(files)
             for entry in map(json.loads, body.splitlines()):
@@ -240,11 +240,11 @@ def loopback_hub():
 def fresh_process(loopback_hub, tmp_path_factory):
     """Runs Python code in a process of its own, with an empty cache, against the loopback Hub.
 
-    `package=False` makes `import mini_ddpm` impossible there. `home` names a directory to share caches by. Returns the
-    code's printed last line, as JSON, in `.result`, with `.stdout` and `.stderr`.
+    `package=False` makes `import mini_ddpm` impossible there. `home` names a directory to share caches by, `python` an
+    interpreter. Returns the code's printed last line, as JSON, in `.result`, with `.stdout` and `.stderr`.
     """
 
-    def run(code, package=True, home=None, token=TOKEN, **environment):
+    def run(code, package=True, home=None, token=TOKEN, python=sys.executable, **environment):
         home = Path(home or tmp_path_factory.mktemp("home"))
         env = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "OMP_NUM_THREADS") if name in os.environ}
         env |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": loopback_hub.url}
@@ -256,7 +256,7 @@ def fresh_process(loopback_hub, tmp_path_factory):
         else:
             code = "import sys\nsys.modules['mini_ddpm'] = None\n" + code
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env | environment, cwd=home, capture_output=True, text=True, timeout=300
+            [python, "-c", code], env=env | environment, cwd=home, capture_output=True, text=True, timeout=300
         )
         if done.returncode:
             raise AssertionError(f"The process failed.\n{done.stdout}\n{done.stderr}")

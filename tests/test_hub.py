@@ -4,10 +4,10 @@ A process of its own, with its own cache, drives the real client against the loo
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -408,6 +408,35 @@ print(json.dumps(out))
         assert PLACEHOLDER not in files["README.md"].decode() and not any(name.endswith(".bin") for name in files)
 
 
+@pytest.mark.slow
+@pytest.mark.network
+def test_door_with_torch_and_diffusers_alone(published, fresh_process, run_folder, tmp_path):
+    """A real environment in which nothing but torch and diffusers was asked for, made from the package index."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for packages in (["torch"], ["diffusers"]):  # torch alone first: nothing can then pull another build of it
+        command = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *packages]
+        subprocess.run(command, check=True, env=environment)
+    run = fresh_process(
+        PRELUDE
+        + """
+import importlib.util
+assert all(importlib.util.find_spec(name) is None for name in ("mini_ddpm", "mini_ddpm_cli", "accelerate", "tyro"))
+pipe = DiffusionPipeline.from_pretrained("user/all", trust_remote_code=True)
+out["hub"] = draw(pipe)
+pipe.save_pretrained("folder")
+out["folder"] = draw(DiffusionPipeline.from_pretrained("folder", trust_remote_code=True))
+pipe.push_to_hub("user/from-venv")
+out["again"] = draw(DiffusionPipeline.from_pretrained("user/from-venv", trust_remote_code=True))
+print(json.dumps(out))
+""",
+        package=False,
+        python=str(python),
+    )
+    assert len(run.result) == 3 and set(run.result.values()) == {draw(mini_ddpm.load_pipeline(run_folder))}
+
+
 # ---- Failures -----------------------------------------------------------------------------------------------------
 
 CATCH = """
@@ -516,7 +545,6 @@ print(json.dumps(out))
             f"{door}, no revision": ("The repository user/public has no revision 'nope'", None),
             f"{door}, empty": ("The repository user/empty holds no pipeline", None),
         }
-    print(json.dumps(run.result, indent=1))
     assert run.result.keys() == expected.keys()
     for name, (message, cause) in expected.items():
         if isinstance(message, int):
@@ -530,10 +558,13 @@ print(json.dumps(out))
 
 def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_process):
     loopback_hub.lfs.clear()  # what it has, it does not ask for
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    damages = [("truncate", weights), ("flip", weights), ("flip", "unet/config.json")]
     run = fresh_process(
         PRELUDE
         + CATCH
         + f"""
+import shutil
 from pathlib import Path
 from mini_ddpm import *
 from huggingface_hub import HfApi
@@ -553,39 +584,36 @@ out["nothing new"] = sha == api.model_info("user/broken").sha
 
 # 2. A download that is cut short or damaged leaves nothing broken in the cache.
 cache = Path(os.environ["HF_HOME"]) / "hub"
-for damage in ("truncate", "flip"):
-    for file in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json"):
-        fail(start=f"GET /user/broken/resolve/{{sha}}/{{file}}", damage=damage)
-        catch(f"{{damage}} {{file}}", load_pipeline, "user/broken")
-        fail()
-        catch(f"after {{damage}} {{file}}", load_pipeline, "user/broken")
-        out[f"image after {{damage}} {{file}}"] = draw(load_pipeline("user/broken"))
-        import shutil
-        shutil.rmtree(cache)
+for damage, file in {damages}:
+    fail(start=f"GET /user/broken/resolve/{{sha}}/{{file}}", damage=damage)
+    catch(f"{{damage}} {{file}}", load_pipeline, "user/broken")
+    fail()
+    catch(f"after {{damage}} {{file}}", load_pipeline, "user/broken")
+    out[f"image after {{damage}} {{file}}"] = draw(load_pipeline("user/broken"))
+    shutil.rmtree(cache)
 
 # 3. The doors of diffusers do not look at contents; `verify` does.
 fail(start=f"GET /user/broken/resolve/{{sha}}/unet/diffusion_pytorch_model", damage="flip")
 catch("flip unnoticed", DiffusionPipeline.from_pretrained, "user/broken")
 fail()
 out["verify"] = cli("verify", "user/broken")
-out["sample"] = cli("sample", "user/broken", "--class-labels", "one", "--steps", 1, "--out", "a.png", "--device", "cpu")
+out["sample"] = cli("sample", "user/broken", "--class-labels", "one", "--steps", 1, "--device", "cpu")
 out["verify again"] = cli("verify", "user/broken")
 print(json.dumps(out))
 """
     )
     result = run.result
-    print(json.dumps(result, indent=1))
     expected = draw(mini_ddpm.load_pipeline(run_folder))
     for name in ("weights", "commit"):
         assert result[f"push, {name} lost"][0].endswith("Nothing is half published; push again to complete it.")
         assert result[f"after {name}"] == [".gitattributes"]
     assert result["push again"] == ["it worked", ""] and result["nothing new"]
     assert "unet/diffusion_pytorch_model.safetensors" in loopback_hub.files("user/broken")
-    for damage in ("truncate", "flip"):
-        for file in ("unet/diffusion_pytorch_model.safetensors", "unet/config.json"):
-            assert "user/broken" in result[f"{damage} {file}"][0], result[f"{damage} {file}"]
-            assert result[f"after {damage} {file}"] == ["it worked", ""]
-            assert result[f"image after {damage} {file}"] == expected
+    for damage, file in damages:
+        message = "connection" if damage == "truncate" else f"user/broken: {file} came damaged from the Hub"
+        assert message in result[f"{damage} {file}"][0]
+        assert result[f"after {damage} {file}"] == ["it worked", ""]
+        assert result[f"image after {damage} {file}"] == expected
     assert result["flip unnoticed"] == ["it worked", ""]
     assert result["verify"][0] == 2 and "unet/diffusion_pytorch_model.safetensors" in result["verify"][1]
     assert result["sample"][0] == 0 and result["verify again"][0] == 0
@@ -606,6 +634,7 @@ print(json.dumps(out))
 """,
         HF_ENDPOINT="http://127.0.0.1:9",
     )
-    print(json.dumps(run.result, indent=1))
     for name in ("push", "pull", "own"):
-        assert re.match(r"The connection to the Hub \(http://127.0.0.1:9\) failed: .*Check the network", run.result[name][0])
+        assert re.match(
+            r"The connection to the Hub \(http://127.0.0.1:9\) failed: .*Check the network", run.result[name][0]
+        )

@@ -465,7 +465,7 @@ def render_card(facts: dict[str, Any]) -> str:
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(context)
-    card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text.strip()}\n\n"))
+    card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n\n"))
     return card + _SIGNATURE.format(_hash(card))
 
 
