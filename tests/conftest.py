@@ -62,7 +62,7 @@ class LoopbackHub:
     def __init__(self):
         self.repos = {}  # id -> {"private": bool, "refs": {name: sha}, "commits": {sha: {path: bytes}}}
         self.lfs = {}
-        self.log = []
+        self.messages = []  # titles of the commits
         self.failure = {}
         hub = self
 
@@ -75,7 +75,6 @@ class LoopbackHub:
             def handle_any(self):
                 url = urlsplit(self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.log.append((self.command, url.path))
                 if url.path == "/_fail":
                     hub.fail(**json.loads(body))
                     return self.reply(200, {})
@@ -208,7 +207,9 @@ class LoopbackHub:
             changed = dict(files)
             for entry in map(json.loads, body.splitlines()):
                 value = entry["value"]
-                if entry["key"] == "file":
+                if entry["key"] == "header":
+                    self.messages.append(value["summary"])
+                elif entry["key"] == "file":
                     changed[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     changed[value["path"]] = self.lfs[value["oid"]]

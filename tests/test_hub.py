@@ -556,6 +556,43 @@ print(json.dumps(out))
     assert before["other/theirs"]["main"] == loopback_hub.repos["other/theirs"]["refs"]["main"]
 
 
+def test_push_command_and_edited_cards(run_folder, loopback_hub, fresh_process):
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+import mini_ddpm
+from huggingface_hub import HfApi
+folder, api = {str(run_folder)!r}, HfApi()
+out["private"] = cli("push", folder, "user/cli", "--private", "--message", "By hand")
+out["branch"] = cli("push", folder, "user/cli", "--revision", "dev/2")
+out["request"] = cli("push", folder, "user/cli", "--create-pr")
+out["sample"] = cli("sample", "user/cli", "--revision", "dev/2", "--class-labels", "one", "--steps", 1)
+
+# Ours is replaced when the facts change, in whatever order people and we write.
+pipe = mini_ddpm.load_pipeline(folder)
+before = api.model_info("user/cli").sha
+torch.nn.init.ones_(pipe.unet.conv_out.bias)
+pipe.push_to_hub("user/cli")
+out["ours"] = open(api.hf_hub_download("user/cli", "README.md")).read()
+edited = out["ours"].replace("# cli", "# My digits")
+api.upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="user/cli")
+mini_ddpm.load_pipeline(folder).push_to_hub("user/cli")
+out["kept"] = open(api.hf_hub_download("user/cli", "README.md")).read() == edited
+out["back"] = draw(mini_ddpm.load_pipeline("user/cli"))
+print(json.dumps(out))
+"""
+    )
+    url, result = loopback_hub.url, run.result
+    assert result["private"] == [0, f"{url}/user/cli"] and loopback_hub.repos["user/cli"]["private"]
+    assert result["branch"] == [0, f"{url}/user/cli/tree/dev/2"]
+    assert result["request"] == [0, f"{url}/user/cli"]  # nothing differs from main: no pull request to open
+    assert result["sample"][0] == 0
+    assert "By hand" in loopback_hub.messages
+    assert "## Evaluation" not in result["ours"] and result["kept"]
+    assert result["back"] == draw(mini_ddpm.load_pipeline(run_folder))
+
+
 def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_process):
     loopback_hub.lfs.clear()  # what it has, it does not ask for
     weights = "unet/diffusion_pytorch_model.safetensors"

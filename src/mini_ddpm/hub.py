@@ -632,7 +632,8 @@ def publish(
 
         # 2. Everything in one commit. (`upload_folder` makes several of a large folder.)
         prefix = "" if subfolder is None else subfolder.strip("/") + "/"
-        files = {prefix + path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        files = {prefix + path.relative_to(folder).as_posix(): path for path in paths}
         places = {_place(name) for name in files} - {None}
         stale = sorted(name for name in there - files.keys() if _place(name) in places)
         commit = api.create_commit(
@@ -689,8 +690,8 @@ def verify(repo_id: str, *, revision: str | None = None, token: str | bool | Non
             raise
         except ValueError as error:
             raise ValueError(
-                f"Nothing of {repo_id} (revision {revision or 'main'!r}) is in the cache to be verified; pull it first,"
-                f" as `mini-ddpm sample {repo_id}` does."
+                f"Nothing of {repo_id} (revision {revision or 'main'!r}) is in the cache to be verified: pull it"
+                f" first, as `mini-ddpm sample {repo_id}` does."
             ) from error
     for mismatch in found.mismatches:
         file = found.verified_path / mismatch["path"]
