@@ -370,8 +370,8 @@ print(json.dumps(out))
     assert len(run.result) == 6 and set(run.result.values()) == {draw(mini_ddpm.load_pipeline(run_folder))}
 
 
-def test_pushes_and_pulls_without_the_package(published, fresh_process, run_folder, loopback_hub):
-    """Door 3 with every feature, and pushed again from there."""
+def test_pushes_and_pulls_without_the_package(published, fresh_process, run_folder, loopback_hub, tmp_path):
+    """Door 3 with every feature, and pushed again from there; offline as the card says."""
     run = fresh_process(
         PRELUDE
         + OPEN_ALL
@@ -392,9 +392,13 @@ open_all("again branch", "user/again", doors, revision="branch", variant="fp16")
 out["pull request"] = pipe.push_to_hub("user/again", create_pr=True).pr_revision
 pipe.save_pretrained(Path("again-by-path"), push_to_hub=True, max_shard_size="20KB", safe_serialization=False)
 open_all("path", "user/again-by-path", doors)
+
+from huggingface_hub import snapshot_download
+snapshot_download("user/all")
 print(json.dumps(out))
 """,
         package=False,
+        home=tmp_path,
     )
     result, _ = published
     expected = draw(mini_ddpm.load_pipeline(run_folder))
@@ -406,6 +410,18 @@ print(json.dumps(out))
     for repo in ("user/again", "user/again-by-path"):
         files = loopback_hub.files(repo)
         assert PLACEHOLDER not in files["README.md"].decode() and not any(name.endswith(".bin") for name in files)
+    run = fresh_process(
+        PRELUDE
+        + """
+from huggingface_hub import snapshot_download
+out["offline"] = draw(DiffusionPipeline.from_pretrained(snapshot_download("user/all"), trust_remote_code=True))
+print(json.dumps(out))
+""",
+        package=False,
+        home=tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
+    assert run.result["offline"] == expected
 
 
 @pytest.mark.slow
