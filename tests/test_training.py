@@ -354,6 +354,7 @@ def test_other_runs_and_foreign_folders_are_left_alone(config, tmp_path):
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds no run of mini-ddpm"):
         train(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
     other = dataclasses.replace(config, output_dir=tmp_path / "other", max_train_steps=1)
     train(other)
     with pytest.raises(ValueError, match="prediction_type='v_prediction', not 'epsilon'"):
@@ -365,3 +366,13 @@ def test_class_conditional_needs_labels(config, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "flat" / "0.png")
     with pytest.raises(ValueError, match="class_conditional needs labels"):
         train(dataclasses.replace(config, dataset_name=str(tmp_path / "flat"), class_conditional=True))
+    assert not config.output_dir.exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_otherwise(config, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "damaged" / "0.png")
+    (tmp_path / "damaged" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1\.png.*cannot be decoded"):
+        train(dataclasses.replace(config, dataset_name=str(tmp_path / "damaged"), max_train_steps=1))
+    assert load_pipeline(train(dataclasses.replace(config, max_train_steps=1)))

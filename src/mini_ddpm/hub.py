@@ -311,7 +311,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
     `model` comes from the configurations and the weights' headers. The rest comes from `facts.json`, which travels
     with the pipeline and may be edited (`license`, `description`, `limitations`: a text, a text, a list), and where a
-    training run left its files from those: `training` from `train_config.json` and the last line of
+    training run left its files from those: most of `training` from `train_config.json` and the last line of
     `train_log.jsonl`, `picture` from `samples.png` or the newest grid in `samples/`. `evaluation` comes from
     `evaluation.json`: a list of records with `metric`, `value` and, each optional, `name`, `dataset`, `split` and the
     protocol: `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`, `eta`, `seed`, `dtype`, `note`.
@@ -324,7 +324,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if (folder / "facts.json").is_file():
         facts |= {key: value for key, value in _read_json(folder / "facts.json", dict).items() if key != "model"}
     if (folder / "train_config.json").is_file():
-        facts["training"] = _training_facts(folder)
+        facts["training"] = facts.get("training", {}) | _training_facts(folder)
     if (folder / "evaluation.json").is_file():
         facts["evaluation"] = [
             _evaluation_facts(record, i, folder / "evaluation.json")

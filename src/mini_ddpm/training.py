@@ -264,9 +264,6 @@ def train(config: TrainConfig) -> Path:
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     try:
-        if accelerator.is_main_process:
-            _claim_folder(config)
-        accelerator.wait_for_everyone()
         _train(config, accelerator)
     finally:
         accelerator.end_training()
@@ -325,7 +322,10 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     ema.to(device)
     accelerator.register_for_checkpointing(ema, lr_scheduler)
 
-    # 3. Where an earlier run got to.
+    # 3. Where an earlier run got to. Nothing was written before this line.
+    if is_main:
+        _claim_folder(config)
+    accelerator.wait_for_everyone()
     first_step, seconds = 0, 0.0
     for checkpoint in _checkpoints(output_dir)[-1:]:
         accelerator.load_state(str(checkpoint))
@@ -555,7 +555,7 @@ def _claim_folder(config: TrainConfig) -> None:
     """
     folder, described = config.output_dir, _described(config)
     config_file = folder / "train_config.json"
-    if config_file.exists():
+    if _checkpoints(folder) and config_file.exists():
         before = json.loads(config_file.read_text())
         differing = [key for key in described if key not in _FREE_TO_CHANGE and described[key] != before.get(key)]
         if differing:
@@ -564,7 +564,7 @@ def _claim_folder(config: TrainConfig) -> None:
                 f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same "
                 "value, or use another output_dir."
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and not config_file.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and holds no run of mini-ddpm. Use another output_dir.")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "train_config.json.tmp"
