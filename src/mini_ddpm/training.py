@@ -645,7 +645,6 @@ def _save_pipeline(
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
             shutil.rmtree(temporary)
-            write_card(pipeline, config.output_dir)
         if epoch is not None:
             (config.output_dir / "samples").mkdir(exist_ok=True)
             pipeline.set_progress_bar_config(disable=True)
@@ -660,6 +659,8 @@ def _save_pipeline(
                 images = pipeline(**call, generator=generator, num_inference_steps=25).images
             grid = sample_grid(images, columns=len(classes) if config.class_conditional else 8)
             grid.save(config.output_dir / "samples" / f"epoch-{epoch:04d}.png")
+        with _clear_write_errors(temporary):
+            write_card(pipeline, config.output_dir)
     finally:
         unet.train()
         ema.restore(unet.parameters())
