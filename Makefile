@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow lint format clean
+.PHONY: help sample test test-slow lint format card clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,10 @@ lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict
 format: $(VENV)/dev.stamp  ## let ruff repair and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+card: $(VENV)/base.stamp  ## render model_card/ anew from the weights that ship and their facts
+	for name in mnist mnist-class-conditional; do \
+	  $(BIN)/mini-ddpm card $$name --repo-id user/$$name --out model_card/$$name || exit; done
 
 clean:  ## remove .venv and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

@@ -1,4 +1,4 @@
-"""The command line: `mini-ddpm sample`, `mini-ddpm train`.
+"""The command line: `mini-ddpm sample`, `train`, `card`, `push`, `verify`.
 
 This is a module beside the package `mini_ddpm`, not in it, since importing anything from the package imports torch and
 diffusers (5 s): `mini-ddpm --help` answers without them. Each command imports what it needs when it runs.
@@ -49,6 +49,9 @@ class SampleConfig:
 
     pipeline: tyro.conf.Positional[str] = "mnist-class-conditional"
     """A name that ships with the package (mnist, mnist-class-conditional), a folder, or a repository on the Hub."""
+
+    revision: str | None = None
+    """Branch, tag, commit or refs/pr/N of a repository on the Hub. None: main."""
 
     class_labels: tuple[str, ...] = ()
     """What to draw, by name or number, e.g. 3 1 4: one image each, or in turn up to --num-images. None: all."""
@@ -105,7 +108,7 @@ def sample(config: SampleConfig) -> None:
         device = _device(config.device)
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
         diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
-        pipe: Any = hub.load_pipeline(config.pipeline, dtype=dtype)
+        pipe: Any = hub.load_pipeline(config.pipeline, dtype=dtype, revision=config.revision)
         if config.scheduler is not None:
             pipe.scheduler = _scheduler_class(config.scheduler).from_config(pipe.scheduler.config)
         pipe.to(device)
@@ -162,10 +165,110 @@ def train(config: TrainConfig) -> None:
         print(f"{folder}: trained; draw from it with: mini-ddpm sample {folder}")
 
 
+@dataclass
+class CardConfig:
+    """Render the model card of a pipeline from what its folder tells: configuration, training, evaluation, picture."""
+
+    pipeline: tyro.conf.Positional[str]
+    """A name that ships with the package, or a folder."""
+
+    out: Path | None = None
+    """Folder for README.md, facts.json and the picture. None: only print the card."""
+
+    repo_id: str | None = None
+    """Repository that the card is for, user/name. None: it speaks of a folder."""
+
+
+def card(config: CardConfig) -> None:
+    """Show the model card of a pipeline, or write it with its facts."""
+    from mini_ddpm import hub
+
+    folder = hub.local_folder(config.pipeline)
+    facts = hub.read_facts(folder) | ({"repo_id": config.repo_id} if config.repo_id else {})
+    if config.out is None:
+        print(hub.render_card(facts), end="")
+    else:
+        hub.export_card(folder, facts, config.out)
+        print(f"{config.out}: README.md, facts.json" + (", samples.png" if "picture" in facts else ""))
+
+
+@dataclass
+class PushConfig:
+    """Publish a pipeline's folder on the Hub, with a model card. Log in first: hf auth login."""
+
+    folder: tyro.conf.Positional[str]
+    """The folder, such as that of a training run, or a name that ships with the package."""
+
+    repo_id: tyro.conf.Positional[str]
+    """Where to: user/name; made if there is none."""
+
+    private: bool = False
+    """Make the repository private, if it has to be made."""
+
+    revision: str | None = None
+    """Branch to push to, made if there is none. None: main."""
+
+    create_pr: bool = False
+    """Open a pull request instead."""
+
+    message: str | None = None
+    """Title of the commit."""
+
+    dry_run: bool = False
+    """Only list the files and their sizes."""
+
+
+def push(config: PushConfig) -> None:
+    """Publish a pipeline on the Hub."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from mini_ddpm import hub
+
+    diffusers_logging.disable_progress_bar()  # the one for reading files; that of the upload stays
+    if config.dry_run:
+        with hub.stage(config.folder) as folder:
+            files = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        for path, size in sorted(files.items()):
+            print(f"{size:>12,}  {path.as_posix()}")
+        print(f"{sum(files.values()):>12,}  bytes in {len(files)} files for {config.repo_id}; nothing was pushed")
+        return
+    commit = hub.push(
+        config.folder,
+        config.repo_id,
+        commit_message=config.message,
+        private=config.private or None,
+        create_pr=config.create_pr,
+        revision=config.revision,
+    )
+    print(commit.pr_url or f"{commit.repo_url}" + (f"/tree/{config.revision}" if config.revision else ""))
+
+
+@dataclass
+class VerifyConfig:
+    """Compare what was pulled from the Hub with the Hub's checksums; what is damaged is removed from the cache."""
+
+    repo_id: tyro.conf.Positional[str]
+    """The repository, user/name."""
+
+    revision: str | None = None
+    """Branch, tag or commit. None: main."""
+
+
+def verify(config: VerifyConfig) -> None:
+    """Check a pulled pipeline against the Hub's checksums."""
+    from mini_ddpm import hub
+
+    commit, count = hub.verify(config.repo_id, revision=config.revision)
+    print(f"{config.repo_id} at {commit}: {count} files are what the Hub has")
+
+
 # What runs, and the dataclass its flags are made from, imported only when the command is asked for.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli.SampleConfig"),
     "train": (train, "mini_ddpm.training.TrainConfig"),
+    "card": (card, "mini_ddpm_cli.CardConfig"),
+    "push": (push, "mini_ddpm_cli.PushConfig"),
+    "verify": (verify, "mini_ddpm_cli.VerifyConfig"),
 }
 
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 import mini_ddpm
 
 TOKEN = "hf_loopback"
+READ_TOKEN = "hf_readonly"
 
 
 @pytest.fixture(scope="session")
@@ -37,18 +37,33 @@ def tiny_unet():
     return make
 
 
+def git_oid(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_lfs(path):
+    return path.endswith((".safetensors", ".bin"))
+
+
+def oid(path, content):
+    """What the Hub calls a file by: its SHA-256 in large file storage, else its git blob."""
+    return hashlib.sha256(content).hexdigest() if is_lfs(path) else git_oid(content)
+
+
 class LoopbackHub:
     """The part of the Hub's protocol that uploading and downloading a model uses, in memory.
 
-    `files(repo)` are the files at a revision. A `fault`, called with each request's method and path, may return a
-    status code to answer it with.
+    `files(repo)` are the files at a revision. A token `TOKEN` may write to what is `user`'s and open pull requests
+    elsewhere, `READ_TOKEN` may read. `fail("PUT /lfs/", status=403)` makes requests whose "method path" begins so
+    fail; `damage="truncate"` or `"flip"` spoils the body of their answers, `times` limits how often. Processes use
+    `POST /_fail`.
     """
 
     def __init__(self):
         self.repos = {}  # id -> {"private": bool, "refs": {name: sha}, "commits": {sha: {path: bytes}}}
         self.lfs = {}
-        self.log = []
-        self.fault = lambda method, path: None
+        self.messages = []  # titles of the commits
+        self.failure = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,24 +75,32 @@ class LoopbackHub:
             def handle_any(self):
                 url = urlsplit(self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.log.append((self.command, url.path))
-                status = hub.fault(self.command, url.path)
-                if status is not None:
-                    return self.reply(status, {"error": "fault"})
+                if url.path == "/_fail":
+                    hub.fail(**json.loads(body))
+                    return self.reply(200, {})
+                damage = hub.failing(f"{self.command} {url.path}")
+                if isinstance(damage, int):
+                    return self.reply(damage, {"error": "fault"})
                 try:
-                    answer = hub.answer(self.command, unquote(url.path), url.query, body, self.headers)
+                    answer = hub.answer(self.command, url.path, url.query, body, self.headers)
                 except HubError as error:
-                    return self.reply(error.status, {"error": error.code}, {"X-Error-Code": error.code})
-                return self.reply(*answer)
+                    names = {"X-Error-Message": error.message} if error.message else {"X-Error-Code": error.code}
+                    return self.reply(error.status, {"error": error.code}, names)
+                return self.reply(*answer, damage=damage)
 
             do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
-            def reply(self, status, content, headers=None):
+            def reply(self, status, content, headers=None, damage=None):
                 content = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
                     self.send_header(name, value)
                 self.end_headers()
+                if damage == "truncate":
+                    content = content[: len(content) // 2]
+                    self.close_connection = True
+                elif damage == "flip":
+                    content = content[:-1] + bytes([content[-1] ^ 1])
                 if self.command != "HEAD":
                     self.wfile.write(content)
 
@@ -89,6 +112,16 @@ class LoopbackHub:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+
+    def fail(self, start=None, status=None, damage=None, times=-1):
+        self.failure = {"start": start, "how": status or damage, "times": times} if start else {}
+
+    def failing(self, request):
+        failure = self.failure
+        if not failure or failure["times"] == 0 or not request.startswith(failure["start"]):
+            return None
+        failure["times"] -= 1
+        return failure["how"]
 
     def commit(self, repo_id, files, ref="main"):
         """Sets the files of a reference, as a commit whose id is a hash of them."""
@@ -103,79 +136,98 @@ class LoopbackHub:
         return repo["commits"][repo["refs"].get(ref, ref)]
 
     def answer(self, method, path, query, body, headers):
-        authorized = headers.get("Authorization") == f"Bearer {TOKEN}"
-        if method in ("POST", "PUT") and not authorized and "/lfs/" not in path:
-            raise HubError(401, "Unauthorized")
-        data = json.loads(body) if body.startswith((b"{", b"[")) and path.split("/")[-2:-1] != ["commit"] else {}
-        if path == "/api/whoami-v2":
-            return 200, {"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
-        if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
-        if path == "/api/repos/create":
-            repo_id = f"{data.get('organization') or 'user'}/{data['name']}"
-            status = 409 if repo_id in self.repos else 200
-            if status == 200:
-                self.commit(repo_id, {})
-                self.repos[repo_id]["private"] = bool(data.get("private"))
-            return status, {"url": f"{self.url}/{repo_id}", "id": repo_id, "name": repo_id}
-        if path.startswith("/lfs/"):
+        if path.startswith("/lfs/"):  # storage elsewhere: what it was told to take, it takes
             self.lfs[path.removeprefix("/lfs/")] = body
             return 200, {}
-        if match := re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        token = (headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in ("", TOKEN, READ_TOKEN):
+            raise HubError(401, "Unauthorized", "Invalid credentials in Authorization header")
+        if method != "GET" and method != "HEAD" and token != TOKEN:
+            raise HubError(403 if token else 401, "Forbidden", "You have no right to write")
+        segments = [unquote(segment) for segment in path.split("/")[1:]]
+        data = json.loads(body) if body.startswith((b"{", b"[")) and "commit" not in segments else {}
+        if path == "/api/repos/create":
+            repo_id = f"{data.get('organization') or 'user'}/{data['name']}"
+            if repo_id not in self.repos:
+                if not repo_id.startswith("user/"):
+                    raise HubError(403, "Forbidden", "You are no member of it")
+                self.commit(repo_id, {".gitattributes": b""})
+                self.repos[repo_id]["private"] = bool(data.get("private") or data.get("visibility") == "private")
+                return 200, {"url": f"{self.url}/{repo_id}", "id": repo_id, "name": repo_id}
+            return 409, {"url": f"{self.url}/{repo_id}", "id": repo_id, "name": repo_id}
+        if path.endswith("/info/lfs/objects/batch"):
             uploads = [
+                item if item["oid"] in self.lfs else
                 {**item, "actions": {"upload": {"href": f"{self.url}/lfs/{item['oid']}"}}} for item in data["objects"]
-            ]
+            ]  # fmt: skip
             return 200, {"transfer": "basic", "objects": uploads}
 
-        match = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+)(?:/([\w-]+)(?:/([^/]+))?(?:/(.+))?)?", path)
-        repo_id, action, ref, file = match.groups() if match else (None, None, None, None)
+        segments = segments[2:] if segments[:2] == ["api", "models"] else segments
+        repo_id, (action, ref, *rest) = "/".join(segments[:2]), (*segments[2:], *[None] * (4 - len(segments)))
         repo = self.repos.get(repo_id)
-        if repo is None or (repo["private"] and not authorized):
-            raise HubError(404 if authorized else 401, "RepoNotFound")
-        if action == "refs":
-            heads = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in repo["refs"].items()]
-            return 200, {"branches": heads, "converts": [], "tags": []}
-        if action == "preupload":
-            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in data["files"]}
-            answers = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
-            return 200, {"files": answers}
-        ref = ref or "main"
+        if repo is None or (repo["private"] and not token):
+            raise HubError(404 if token else 401, "RepoNotFound")
+        ref, file = ref or "main", "/".join(rest) if rest and rest[0] else None
+        if action in ("branch", "tag"):
+            name, start = (ref, data.get("startingPoint") or "main") if action == "branch" else (data["tag"], ref)
+            status = 409 if name in repo["refs"] else 200
+            repo["refs"].setdefault(name, repo["refs"].get(start, start))
+            return status, {}
         sha = repo["refs"].get(ref, ref)
         if sha not in repo["commits"]:
             raise HubError(404, "RevisionNotFound")
         files = repo["commits"][sha]
+        if action == "preupload":
+            answers = []
+            for path in (item["path"] for item in data["files"]):
+                known = {"oid": oid(path, files[path])} if path in files else {}
+                mode = "lfs" if is_lfs(path) else "regular"
+                answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+            return 200, {"files": answers}
         if action in (None, "revision"):
             siblings = [{"rfilename": name} for name in sorted(files)]
             info = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings}
             return 200, {**info, "private": repo["private"], "tags": [], "downloads": 0, "likes": 0}
         if action == "tree":
             return 200, [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
+                | (
+                    {"lfs": {"oid": oid(name, content), "size": len(content), "pointerSize": 1}}
+                    if is_lfs(name)
+                    else {}
+                )
                 for name, content in sorted(files.items())
             ]
         if action == "commit":
+            is_pr = "create_pr=1" in query
+            if not (is_pr or ref.startswith("refs/pr/") or repo_id.startswith("user/")):
+                raise HubError(403, "Forbidden", "You are no member of it")
             changed = dict(files)
             for entry in map(json.loads, body.splitlines()):
                 value = entry["value"]
-                if entry["key"] == "file":
+                if entry["key"] == "header":
+                    self.messages.append(value["summary"])
+                elif entry["key"] == "file":
                     changed[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     changed[value["path"]] = self.lfs[value["oid"]]
                 elif entry["key"] == "deletedFile":
                     del changed[value["path"]]
-            sha = self.commit(repo_id, changed, "refs/pr/1" if "create_pr=1" in query else ref)
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo["refs"])
+            sha = self.commit(repo_id, changed, f"refs/pr/{number}" if is_pr else ref)
             answer = {"commitUrl": f"{self.url}/{repo_id}/commit/{sha}", "commitOid": sha}
-            return 200, answer | ({"pullRequestUrl": f"{self.url}/{repo_id}/discussions/1"} if "pr=1" in query else {})
+            return 200, answer | ({"pullRequestUrl": f"{self.url}/{repo_id}/discussions/{number}"} if is_pr else {})
         if action == "resolve" and file in files:
-            etag = hashlib.sha256(files[file]).hexdigest()
-            return 200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": sha}
+            return 200, files[file], {"ETag": f'"{oid(file, files[file])}"', "X-Repo-Commit": sha}
         raise HubError(404, "EntryNotFound")
 
 
 class HubError(Exception):
-    def __init__(self, status, code):
+    def __init__(self, status, code, message=None):
         super().__init__(code)
-        self.status, self.code = status, code
+        self.status, self.code, self.message = status, code, message
 
 
 @pytest.fixture(scope="session")
@@ -189,11 +241,11 @@ def loopback_hub():
 def fresh_process(loopback_hub, tmp_path_factory):
     """Runs Python code in a process of its own, with an empty cache, against the loopback Hub.
 
-    `package=False` makes `import mini_ddpm` impossible there. `home` names a directory to share caches by. Returns the
-    code's printed last line, as JSON, in `.result`, with `.stdout` and `.stderr`.
+    `package=False` makes `import mini_ddpm` impossible there. `home` names a directory to share caches by, `python` an
+    interpreter. Returns the code's printed last line, as JSON, in `.result`, with `.stdout` and `.stderr`.
     """
 
-    def run(code, package=True, home=None, token=TOKEN, **environment):
+    def run(code, package=True, home=None, token=TOKEN, python=sys.executable, **environment):
         home = Path(home or tmp_path_factory.mktemp("home"))
         env = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "OMP_NUM_THREADS") if name in os.environ}
         env |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": loopback_hub.url}
@@ -205,7 +257,7 @@ def fresh_process(loopback_hub, tmp_path_factory):
         else:
             code = "import sys\nsys.modules['mini_ddpm'] = None\n" + code
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env | environment, cwd=home, capture_output=True, text=True, timeout=300
+            [python, "-c", code], env=env | environment, cwd=home, capture_output=True, text=True, timeout=300
         )
         if done.returncode:
             raise AssertionError(f"The process failed.\n{done.stdout}\n{done.stderr}")

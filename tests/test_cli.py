@@ -109,7 +109,10 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
     )
     assert answer.returncode == 2
-    assert answer.stderr == "mini-ddpm: unknown command 'smaple'; choose one of sample, train, or --help\n"
+    assert (
+        answer.stderr
+        == "mini-ddpm: unknown command 'smaple'; choose one of sample, train, card, push, verify, or --help\n"
+    )
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------
@@ -307,6 +310,9 @@ def test_train_makes_a_pipeline_that_sample_draws_from(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"draw from it with: mini-ddpm sample {run_folder}\n")
     drawn = arrays(tmp_path, str(run_folder), "--class-labels", "class-1")
     assert drawn["class_labels"].tolist() == [1] and drawn["images"].shape == (1, 8, 8, 1)
+    card = (run_folder / "README.md").read_text()
+    assert "2 steps of AdamW with 4 images each" in card and "](samples/epoch-0002.png)" in card
+    assert str(tmp_path) not in card and "Training data" not in card  # a folder is nobody's business
 
 
 def test_train_without_images_is_one_line(tmp_path, capsys):

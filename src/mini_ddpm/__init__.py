@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from mini_ddpm import hub
 from mini_ddpm.hub import PRETRAINED, load_pipeline
 from mini_ddpm.pipeline_mini_ddpm import PORTABLE_MODULE, MiniDDPMPipeline, MiniDDPMPipelineOutput
 from mini_ddpm.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
@@ -74,3 +75,14 @@ def _dict_from_json_file(cls: type[DiffusionPipeline], json_file: str | os.PathL
 # Both the loading and the download read the index through this classmethod of the class they are called on. Set on the
 # generic class, it serves that one and, by inheritance, our pipelines; models and schedulers have the base's.
 DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+
+# The copies of the pipelines' files that travel with the weights cannot import this package. Here they write a full
+# model card, keep what people wrote on the Hub, and say in plain words what went wrong.
+_HOOKS = {
+    "_write_card": hub.write_card,
+    "_publish": staticmethod(hub.publish),
+    "download": classmethod(hub.download),
+}
+for _class in (MiniDDPMPipeline, MiniDDPMClassConditionalPipeline):
+    for _name, _hook in _HOOKS.items():
+        setattr(_class, _name, _hook)

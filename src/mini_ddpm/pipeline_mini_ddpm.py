@@ -10,6 +10,8 @@ import inspect
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,28 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 
 # A portable module's name: in the package `unet_mini`, in a saved pipeline `unet_mini_0a1b2c3d`.
 PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+logger = logging.get_logger(__name__)
+
+# The model card of a pipeline of which nothing is known but what it is.
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- mini-ddpm
+---
+
+A small denoising diffusion model. `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` opens it with
+diffusers alone, `mini_ddpm.load_pipeline(...)` where the package mini-ddpm is installed.
+"""
 
 
 @dataclass
@@ -383,3 +400,121 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             if part is not self and config_file.is_file():
                 write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
         write(Path(json_file_path), index)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the pipeline's folder: weights, configurations, the source files that open it, a model card.
+
+        Args:
+            save_directory: The folder; made if need be.
+            safe_serialization: Not heeded: weights are always safetensors, never pickles.
+            variant: Goes into the names of the weights' files, `diffusion_pytorch_model.fp16.safetensors`.
+            max_shard_size: Splits the weights into files of at most this size, such as "5GB".
+            push_to_hub: Whether to publish it too, see [`push_to_hub`].
+            **kwargs: `repo_id` (by default the folder's name) and further arguments of [`push_to_hub`].
+        """
+        folder = Path(save_directory)
+        if not safe_serialization:
+            logger.warning("Weights are saved as safetensors; `safe_serialization=False` is not heeded.")
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        self._write_card(folder)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", None) or folder.resolve().name
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
+        """Publishes the pipeline on the Hub, as [`save_pretrained`] writes it.
+
+        Args:
+            repo_id: "user/name"; made if need be. A model card that a person wrote there is kept.
+            commit_message: Title of the commit.
+            private: Whether a repository that is made is private.
+            token: What to log in with; by default `HF_TOKEN` or what `hf auth login` stored.
+            create_pr: Whether to open a pull request instead of changing the branch.
+            safe_serialization: Not heeded, see [`save_pretrained`].
+            variant: See [`save_pretrained`].
+            subfolder: Folder in the repository; its root by default.
+            revision: Branch to commit to, made if need be; "main" by default.
+            max_shard_size: See [`save_pretrained`].
+
+        Returns:
+            The commit's address, with `.oid`, `.pr_url` and `.repo_url`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            return self._publish(
+                Path(folder),
+                repo_id,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                create_pr=create_pr,
+                subfolder=subfolder,
+                revision=revision,
+            )
+
+    def _source_folder(self) -> Path | None:
+        """Returns the pipeline's folder that the network was read from, if it was."""
+        folder = Path(self.unet.config.get("_name_or_path") or "unknown").parent
+        return folder if (folder / "model_index.json").is_file() else None
+
+    def _write_card(self, folder: Path) -> None:
+        """Brings along the card the pipeline came with, or writes a short one; one that is there is kept.
+
+        This and `_publish` are what works without the package. The package replaces both in its own classes, see
+        `hub.py`: it renders a card from what is known of the model, and knows its own cards from those of people.
+        """
+        if (folder / "README.md").is_file():
+            return
+        (folder / "README.md").write_text(CARD, encoding="utf-8")
+        source = self._source_folder()
+        for name in ("README.md", "facts.json", "samples.png"):
+            if source is not None and (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+    def _publish(
+        self,
+        folder: Path,
+        repo_id: str,
+        *,
+        commit_message: str,
+        private: bool | None,
+        token: str | bool | None,
+        create_pr: bool,
+        subfolder: str | None,
+        revision: str | None,
+    ) -> str:
+        """Uploads a saved pipeline."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        is_carded = api.file_exists(repo_id, "README.md", revision=revision)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=subfolder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=["README.md"] if is_carded else None,
+        )

@@ -29,6 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
+from .hub import write_card
 from .pipeline_mini_ddpm import MiniDDPMPipeline
 from .pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
 from .plots import sample_grid
@@ -638,6 +639,7 @@ def _save_pipeline(
         with _clear_write_errors(temporary):
             pipeline.save_pretrained(temporary)
             _flush_to_disk(temporary)
+            (temporary / "README.md").unlink()  # a later one tells more, and may have been edited
             for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
                 target = config.output_dir / file.relative_to(temporary)
                 target.parent.mkdir(exist_ok=True)
@@ -657,6 +659,8 @@ def _save_pipeline(
                 images = pipeline(**call, generator=generator, num_inference_steps=25).images
             grid = sample_grid(images, columns=len(classes) if config.class_conditional else 8)
             grid.save(config.output_dir / "samples" / f"epoch-{epoch:04d}.png")
+        with _clear_write_errors(temporary):
+            write_card(pipeline, config.output_dir)
     finally:
         unet.train()
         ema.restore(unet.parameters())

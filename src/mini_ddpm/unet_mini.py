@@ -9,6 +9,7 @@ patch stem as in DiT (2212.09748, section 3.2). The file is self-contained so th
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from huggingface_hub import constants
 from torch import nn
 
 # Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, where it is cheap. The others
@@ -417,6 +419,21 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             raise ValueError(
                 f"num_class_embeds={config.num_class_embeds} must be at least 2: one class and the null label."
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "MiniUNet2DModel":
+        """Loads the network as diffusers does, but never from a pickle unless `use_safetensors=False` asks for one.
+
+        Left to itself diffusers falls back to a pickle where there are no safetensors, and asks the Hub for the list
+        of shards also when `HF_HUB_OFFLINE` is set.
+        """
+        if kwargs.get("use_safetensors") is None:  # what the pipelines pass when nothing was said
+            kwargs["use_safetensors"] = True
+        if constants.HF_HUB_OFFLINE:
+            kwargs["local_files_only"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniUNet2DModel":

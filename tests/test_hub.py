@@ -1,0 +1,693 @@
+"""The Hub: every way to push and pull through every door, the model card, and what is said when something fails.
+
+A process of its own, with its own cache, drives the real client against the loopback Hub; see `conftest.py`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import READ_TOKEN, TOKEN
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_remote_code import DIGITS, PRELUDE, commit, draw
+
+import mini_ddpm
+import mini_ddpm_cli
+from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, MiniDDPMScheduler, hub
+
+ROOT = Path(__file__).parents[1]
+PLACEHOLDER = "[More Information Needed]"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_unet):
+    """What a training run leaves: the pipeline, checkpoints, grids, logs; and the results of an evaluation."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDPMScheduler(), DIGITS).save_pretrained(folder)
+    (folder / "README.md").unlink()
+    (folder / "checkpoint-20").mkdir()
+    (folder / "checkpoint-20" / "optimizer.bin").write_bytes(b"0" * 1000)
+    (folder / "samples").mkdir()
+    for epoch in (1, 2):
+        Image.new("L", (8, 8), epoch).save(folder / "samples" / f"epoch-{epoch:04d}.png")
+    config = {"dataset_name": "ylecun/mnist", "split": "train", "output_dir": "/home/me/runs", "seed": 7}
+    config |= {"learning_rate": 1e-3, "class_conditional": True, "class_dropout_prob": 0.1, "snr_gamma": None}
+    (folder / "train_config.json").write_text(json.dumps(config))
+    entries = [
+        {"step": n, "epoch": n / 10, "images": 64 * n, "loss": 0.0625, "seconds": 90.0, "lr": 0.0} for n in (10, 20)
+    ]
+    (folder / "train_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    records = [
+        {"metric": "fid", "name": "FID", "value": 3.25, "dataset": "ylecun/mnist", "num_inference_steps": 50},
+        {"accuracy": 0.985, "classifier_test_accuracy": 0.995, "num_images": 1000, "num_inference_steps": 20},
+    ]
+    (folder / "evaluation.json").write_text(json.dumps(records))
+    return folder
+
+
+def relative(folder):
+    return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def without_hash(names):
+    return {re.sub(r"_[0-9a-f]{8}\.py$", "_#.py", name) for name in names}
+
+
+# ---- The card -----------------------------------------------------------------------------------------------------
+
+
+def sections(card):
+    return re.findall(r"^## (.+)$", card, flags=re.M)
+
+
+def test_card_says_what_the_folder_knows(run_folder):
+    card = hub.render_card(hub.read_facts(run_folder) | {"repo_id": "user/digits", "revision": "0" * 40})
+    data = ModelCard(card).data
+    assert data.library_name == "diffusers" and data.pipeline_tag == "unconditional-image-generation"
+    assert data.datasets == ["ylecun/mnist"] and "mini-ddpm" in data.tags and data.license is None
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        "fid": 3.25,
+        "accuracy": 0.985,
+    }
+    assert sections(card) == [
+        "How to use", "Training data", "Training procedure", "Evaluation", "Limitations", "Licence", "Citation",
+    ]  # fmt: skip
+    for text in (
+        "# digits\n",
+        "8×8 pixels",
+        "![Samples drawn from noise by this model](samples/epoch-0002.png)",
+        'load_pipeline("user/digits")',
+        'MiniDDPMClassConditionalPipeline.from_pretrained("user/digits")',
+        'DiffusionPipeline.from_pretrained("user/digits")',
+        'MiniUNet2DModel.from_pretrained("user/digits", subfolder="unet")',
+        "trust_remote_code=True",
+        f'revision="{"0" * 40}"',
+        "mini-ddpm sample user/digits",
+        "20 steps of AdamW with 64 images each, 2 epochs, 1,280 images seen, in 2 minutes.",
+        "loss at the end: 0.0625",
+        "| 98.50% | 1,000 images, 20 steps, read by a classifier that is right on 99.50% of the real test images |",
+        "zero, one, two",
+        "2207.12598",
+    ):
+        assert text in card, text
+    assert "/home/me" not in card and PLACEHOLDER not in card and "None" not in card
+    assert "\n\n\n" not in card
+
+
+def test_card_of_which_little_is_known_is_short(tiny_unet, tmp_path):
+    MiniDDPMPipeline(tiny_unet(num_class_embeds=None), MiniDDPMScheduler()).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert sections(card) == ["How to use", "Limitations", "Licence", "Citation"]
+    assert PLACEHOLDER not in card and "None" not in card and "\n\n\n" not in card
+    assert ModelCard(card).data.datasets is None and "model-index" not in card and "![" not in card
+    assert not (tmp_path / "facts.json").exists()
+
+
+def test_python_in_the_card_runs(run_folder, tmp_path):
+    """The doors that need no remote code, as the card of a folder spells them."""
+    with hub.stage(run_folder) as folder:
+        card = hub.render_card(hub.read_facts(folder)).replace("path/to/this/folder", str(folder))
+        first, second = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+        names = {}
+        exec(first, names)
+        assert len(names["images"]) == 2 and type(names["unet"]) is mini_ddpm.MiniUNet2DModel
+        compile(second, "card", "exec")
+
+
+def test_facts_go_along_with_the_weights_and_only_with_them(run_folder, tmp_path):
+    pipe = mini_ddpm.load_pipeline(run_folder)
+    pipe.save_pretrained(tmp_path / "same")
+    assert hub.read_facts(tmp_path / "same")["evaluation"] == hub.read_facts(run_folder)["evaluation"]
+    assert (tmp_path / "same/samples.png").read_bytes() == (run_folder / "samples/epoch-0002.png").read_bytes()
+    again = mini_ddpm.load_pipeline(tmp_path / "same", dtype=torch.float16)
+    again.save_pretrained(tmp_path / "half", variant="fp16")
+    facts = hub.read_facts(tmp_path / "half")
+    assert facts["training"]["steps"] == 20 and facts["model"]["dtype"] == "float16"
+
+    torch.nn.init.zeros_(next(pipe.unet.parameters()))
+    pipe.save_pretrained(tmp_path / "other")
+    assert hub.read_facts(tmp_path / "other").keys() == {"model"}
+    assert "Evaluation" not in sections((tmp_path / "other/README.md").read_text())
+
+
+def test_a_card_that_a_person_edited_is_kept(run_folder, tmp_path):
+    pipe = mini_ddpm.load_pipeline(run_folder)
+    pipe.save_pretrained(tmp_path / "a")
+    card = tmp_path / "a/README.md"
+    ours = card.read_text()
+    card.write_text(ours.replace("## Limitations", "## What it cannot do"))
+    edited = card.read_text()
+    pipe.save_pretrained(tmp_path / "a")
+    assert card.read_text() == edited
+    mini_ddpm.load_pipeline(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b/README.md").read_text() == edited
+    card.write_bytes(ours.replace("\n", "\r\n").encode())  # a checkout on Windows is no edit
+    pipe.save_pretrained(tmp_path / "a")
+    assert card.read_bytes() == ours.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", "{}", "must hold a JSON list"),
+        ("evaluation.json", '[{"metric": "fid"}]', "record 0 needs a `metric`"),
+        ("facts.json", "{", "is not valid JSON"),
+    ],
+)
+def test_facts_that_cannot_be_read(run_folder, tmp_path, name, content, message):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}:? .*{re.escape(message)}"):
+        hub.read_facts(folder)
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(hub.PRETRAINED.glob("*/model_index.json"))])
+def test_model_card_of_the_shipped_weights_is_current(name):
+    """`make card` writes both from the weights that ship."""
+    facts = json.loads((ROOT / "model_card" / name / "facts.json").read_text(encoding="utf-8"))
+    assert (ROOT / "model_card" / name / "README.md").read_text(encoding="utf-8") == hub.render_card(facts)
+    shipped = hub.read_facts(hub.PRETRAINED / name)
+    assert facts == json.loads(json.dumps(shipped)) | {"repo_id": facts["repo_id"]}
+    if "picture" in facts:
+        shown = (ROOT / "model_card" / name / facts["picture"]).read_bytes()
+        assert shown == (hub.PRETRAINED / name / facts["picture"]).read_bytes()
+
+
+# ---- What is written ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_pushed_from_a_run(run_folder, capsys):
+    """All that describes the pipeline, nothing else: no checkpoint, no log, no path of this machine."""
+    with hub.stage(run_folder) as folder:
+        names = relative(folder)
+        assert without_hash(names) == {
+            "README.md",
+            "facts.json",
+            "model_index.json",
+            "pipeline_mini_ddpm_class_conditional_#.py",
+            "samples.png",
+            "scheduler/scheduler_config.json",
+            "scheduler/scheduling_mini_ddpm_#.py",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/unet_mini_#.py",
+        }
+        rest = [name for name in names if not name.endswith((".safetensors", ".png"))]
+        assert sum((folder / name).stat().st_size for name in rest) < 200_000
+        for name in rest:
+            assert "/home/me" not in (folder / name).read_text()
+        sizes = {name: (folder / name).stat().st_size for name in names}
+    assert mini_ddpm_cli.main(["push", str(run_folder), "user/digits", "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    for name, size in sizes.items():
+        assert re.search(rf"^ *{size:,}  {re.escape(name)}$", listed, flags=re.M), name
+    assert "10 files" in listed and "nothing was pushed" in listed
+
+
+def test_paths_and_pickles(tiny_unet, tmp_path, caplog):
+    pipe = MiniDDPMPipeline(tiny_unet(), MiniDDIMScheduler())
+    pipe.save_pretrained(tmp_path / "a", safe_serialization=False)
+    assert {path.suffix for path in (tmp_path / "a").rglob("*") if path.is_file()} <= {
+        ".md",
+        ".json",
+        ".py",
+        ".safetensors",
+    }
+    for door in (
+        mini_ddpm.load_pipeline,
+        MiniDDPMPipeline.from_pretrained,
+        mini_ddpm.DiffusionPipeline.from_pretrained,
+    ):
+        assert draw(door(tmp_path / "a")) == draw(door(str(tmp_path / "a")))
+    # A pickle in place of the weights is not opened by any door, unless one asks for it.
+    weights = tmp_path / "a/unet/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save(pipe.unet.state_dict(), weights.with_suffix(".bin"))
+    for door in (
+        mini_ddpm.load_pipeline,
+        MiniDDPMPipeline.from_pretrained,
+        mini_ddpm.DiffusionPipeline.from_pretrained,
+    ):
+        with pytest.raises(OSError, match="safetensors"):
+            door(tmp_path / "a")
+    with pytest.raises(OSError, match="safetensors"):
+        mini_ddpm.MiniUNet2DModel.from_pretrained(tmp_path / "a", subfolder="unet")
+    assert draw(MiniDDPMPipeline.from_pretrained(tmp_path / "a", use_safetensors=False)) == draw(pipe)
+
+
+# ---- Push and pull through every door -----------------------------------------------------------------------------
+
+OPEN_ALL = """
+def open_all(name, repo, doors, **kwargs):
+    for door, opener in doors.items():
+        pipe = opener(repo, **kwargs)
+        assert pipe.unet.dtype == kwargs.get("dtype", torch.float32)
+        out[f"{name} {door}"] = draw(pipe)
+"""
+
+
+@pytest.fixture(scope="module")
+def published(run_folder, loopback_hub, fresh_process, tmp_path_factory):
+    """Pushes in all ways, opens what was pushed with the package; returns the process's result and its home."""
+    home = tmp_path_factory.mktemp("home")
+    run = fresh_process(
+        PRELUDE
+        + OPEN_ALL
+        + f"""
+from pathlib import Path
+import mini_ddpm
+from mini_ddpm import *
+from huggingface_hub import HfApi
+folder = Path({str(run_folder)!r})
+pipe = load_pipeline(folder)
+doors = dict(own=MiniDDPMClassConditionalPipeline.from_pretrained, generic=DiffusionPipeline.from_pretrained,
+             load_pipeline=load_pipeline)
+
+first = pipe.push_to_hub("user/all", commit_message="First", private=True)
+HfApi().create_tag("user/all", tag="v1")
+torch.nn.init.ones_(pipe.unet.conv_out.bias)  # what goes to the branch and the pull request differs
+out["changed"] = draw(pipe)
+pipe.push_to_hub("user/all", revision="branch")
+request = pipe.push_to_hub("user/all", create_pr=True)
+out["pull request"] = [request.pr_url, request.pr_revision]
+out["oid"] = first.oid
+for revision in ("main", "v1", first.oid, "branch", "refs/pr/1"):
+    open_all(revision, "user/all", doors, revision=revision)
+
+load_pipeline(folder).push_to_hub("user/variants")
+load_pipeline(folder, dtype=torch.float16).push_to_hub("user/variants", variant="fp16")
+open_all("plain", "user/variants", doors)
+open_all("fp16", "user/variants", doors, variant="fp16", dtype=torch.float16)
+unet = MiniUNet2DModel.from_pretrained("user/variants", subfolder="unet", variant="fp16", dtype=torch.float16)
+assert unet.dtype == torch.float16
+
+load_pipeline(folder).push_to_hub("user/shards")
+load_pipeline(folder).push_to_hub("user/shards", max_shard_size="20KB")
+open_all("shards", "user/shards", doors)
+open_all("shards cached", "user/shards", doors, local_files_only=True)
+MiniUNet2DModel.from_pretrained("user/shards", subfolder="unet")
+MiniDDPMScheduler.from_pretrained("user/shards", subfolder="scheduler")
+
+load_pipeline(folder).save_pretrained(Path("by-path"), push_to_hub=True)
+open_all("path", "user/by-path", doors)
+print(json.dumps(out))
+""",
+        home=home,
+    )
+    return run.result, home
+
+
+def test_pushes_and_pulls_with_the_package(published, run_folder, loopback_hub):
+    result, _ = published
+    expected = draw(mini_ddpm.load_pipeline(run_folder))
+    half = draw(mini_ddpm.load_pipeline(run_folder, dtype=torch.float16))
+    changed = result.pop("changed")
+    assert changed != expected != half
+    assert result.pop("pull request") == [f"{loopback_hub.url}/user/all/discussions/1", "refs/pr/1"]
+    oid = result.pop("oid")
+    assert len(result) == 3 * (5 + 2 + 2 + 1)
+    for name, image in result.items():
+        other = {"branch": changed, "refs/pr/1": changed, "fp16": half}
+        assert image == other.get(name.split()[0], expected), name
+
+    assert loopback_hub.repos["user/all"]["private"] and not loopback_hub.repos["user/shards"]["private"]
+    files = loopback_hub.files("user/all")
+    assert without_hash(files) == {
+        ".gitattributes",
+        "README.md",
+        "facts.json",
+        "model_index.json",
+        "pipeline_mini_ddpm_class_conditional_#.py",
+        "samples.png",
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduling_mini_ddpm_#.py",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/unet_mini_#.py",
+    }
+    card = files["README.md"].decode()
+    assert f'revision="{oid}"' in card and PLACEHOLDER not in card and "## Evaluation" in card
+    # The changed weights have no evaluation, and the card of the pull request says so.
+    for ref in ("branch", "refs/pr/1"):
+        assert "## Evaluation" not in loopback_hub.files("user/all", ref)["README.md"].decode()
+    weights = {name for name in loopback_hub.files("user/shards") if "safetensors" in name}
+    assert "unet/diffusion_pytorch_model.safetensors" not in weights  # the shards have taken its place
+    assert "unet/diffusion_pytorch_model.safetensors.index.json" in weights and len(weights) > 2
+    both = {"unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert both == {name for name in loopback_hub.files("user/variants") if "safetensors" in name}
+
+
+def test_pulls_offline(published, fresh_process, run_folder):
+    """From the cache that the pushing process left behind."""
+    _, home = published
+    run = fresh_process(
+        PRELUDE
+        + OPEN_ALL
+        + """
+from mini_ddpm import *
+doors = dict(own=MiniDDPMClassConditionalPipeline.from_pretrained, generic=DiffusionPipeline.from_pretrained,
+             load_pipeline=load_pipeline)
+open_all("shards", "user/shards", doors)
+open_all("tag", "user/all", doors, revision="v1")
+MiniUNet2DModel.from_pretrained("user/shards", subfolder="unet")
+try:
+    load_pipeline("user/nowhere")
+except OSError as error:
+    out["missing"] = str(error)
+print(json.dumps(out))
+""",
+        home=home,
+        HF_HUB_OFFLINE="1",
+    )
+    assert "not in the local cache" in run.result.pop("missing")
+    assert len(run.result) == 6 and set(run.result.values()) == {draw(mini_ddpm.load_pipeline(run_folder))}
+
+
+def test_pushes_and_pulls_without_the_package(published, fresh_process, run_folder, loopback_hub, tmp_path):
+    """Door 3 with every feature, and pushed again from there; offline as the card says."""
+    run = fresh_process(
+        PRELUDE
+        + OPEN_ALL
+        + """
+from pathlib import Path
+doors = dict(remote=lambda repo, **kwargs: DiffusionPipeline.from_pretrained(repo, trust_remote_code=True, **kwargs))
+for revision in ("main", "v1", "branch", "refs/pr/1"):
+    open_all(revision, "user/all", doors, revision=revision)
+open_all("fp16", "user/variants", doors, variant="fp16", dtype=torch.float16)
+open_all("shards", "user/shards", doors)
+open_all("shards cached", "user/shards", doors, local_files_only=True)
+
+pipe = doors["remote"]("user/shards")
+pipe.push_to_hub("user/again", private=True)
+open_all("again", "user/again", doors)
+pipe.push_to_hub("user/again", revision="branch", variant="fp16")
+open_all("again branch", "user/again", doors, revision="branch", variant="fp16")
+out["pull request"] = pipe.push_to_hub("user/again", create_pr=True).pr_revision
+pipe.save_pretrained(Path("again-by-path"), push_to_hub=True, max_shard_size="20KB", safe_serialization=False)
+open_all("path", "user/again-by-path", doors)
+
+from huggingface_hub import snapshot_download
+snapshot_download("user/all")
+print(json.dumps(out))
+""",
+        package=False,
+        home=tmp_path,
+    )
+    result, _ = published
+    expected = draw(mini_ddpm.load_pipeline(run_folder))
+    assert run.result.pop("pull request") in ("refs/pr/1", None)
+    assert run.result.pop("branch remote") == run.result.pop("refs/pr/1 remote") == result["branch own"]
+    assert run.result.pop("fp16 remote") == result["fp16 own"]
+    assert len(run.result) == 7 and set(run.result.values()) == {expected}
+    assert loopback_hub.repos["user/again"]["private"]
+    for repo in ("user/again", "user/again-by-path"):
+        files = loopback_hub.files(repo)
+        assert PLACEHOLDER not in files["README.md"].decode() and not any(name.endswith(".bin") for name in files)
+    run = fresh_process(
+        PRELUDE
+        + """
+from huggingface_hub import snapshot_download
+out["offline"] = draw(DiffusionPipeline.from_pretrained(snapshot_download("user/all"), trust_remote_code=True))
+print(json.dumps(out))
+""",
+        package=False,
+        home=tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
+    assert run.result["offline"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_door_with_torch_and_diffusers_alone(published, fresh_process, run_folder, tmp_path):
+    """A real environment in which nothing but torch and diffusers was asked for, made from the package index."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for packages in (["torch"], ["diffusers"]):  # torch alone first: nothing can then pull another build of it
+        command = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", *packages]
+        subprocess.run(command, check=True, env=environment)
+    run = fresh_process(
+        PRELUDE
+        + """
+import importlib.util
+assert all(importlib.util.find_spec(name) is None for name in ("mini_ddpm", "mini_ddpm_cli", "accelerate", "tyro"))
+pipe = DiffusionPipeline.from_pretrained("user/all", trust_remote_code=True)
+out["hub"] = draw(pipe)
+pipe.save_pretrained("folder")
+out["folder"] = draw(DiffusionPipeline.from_pretrained("folder", trust_remote_code=True))
+pipe.push_to_hub("user/from-venv")
+out["again"] = draw(DiffusionPipeline.from_pretrained("user/from-venv", trust_remote_code=True))
+print(json.dumps(out))
+""",
+        package=False,
+        python=str(python),
+    )
+    assert len(run.result) == 3 and set(run.result.values()) == {draw(mini_ddpm.load_pipeline(run_folder))}
+
+
+# ---- Failures -----------------------------------------------------------------------------------------------------
+
+CATCH = """
+import contextlib, io, sys, urllib.request
+import mini_ddpm_cli
+
+def fail(**failure):
+    body = json.dumps(failure).encode()
+    urllib.request.urlopen(urllib.request.Request(os.environ["HF_ENDPOINT"] + "/_fail", body, method="POST")).read()
+
+def cli(*arguments):
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = mini_ddpm_cli.main(list(map(str, arguments)))
+    lines = [line for line in stderr.getvalue().splitlines() if line.startswith("mini-ddpm:")]
+    return [code, (lines or stdout.getvalue().splitlines() or [""])[-1]]
+
+def catch(name, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except (OSError, ValueError) as error:
+        assert "\\n" not in str(error), error
+        out[name] = [str(error), type(error.__cause__).__name__]
+    else:
+        out[name] = ["it worked", ""]
+"""
+
+
+def test_failures_in_plain_words(run_folder, loopback_hub, fresh_process, tmp_path):
+    no_pipeline = tmp_path / "no-pipeline"
+    no_pipeline.mkdir()
+    commit(loopback_hub, "user/public", run_folder)
+    commit(loopback_hub, "user/secret", run_folder)
+    loopback_hub.repos["user/secret"]["private"] = True
+    commit(loopback_hub, "user/empty", no_pipeline)
+    commit(loopback_hub, "other/theirs", run_folder)
+    before = {repo: dict(loopback_hub.repos[repo]["refs"]) for repo in ("user/public", "user/secret", "other/theirs")}
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+from mini_ddpm import *
+from mini_ddpm import hub
+folder, nothing = {str(run_folder)!r}, {str(no_pipeline)!r}
+os.environ.pop("HF_TOKEN", None)
+pipe = load_pipeline(folder)
+catch("push, no token", pipe.push_to_hub, "user/new")
+catch("push, wrong token", pipe.push_to_hub, "user/new", token="hf_wrong")
+catch("push, read-only token, new", pipe.push_to_hub, "user/new", token={READ_TOKEN!r})
+catch("push, read-only token", pipe.push_to_hub, "user/public", token={READ_TOKEN!r})
+catch("push, not mine", pipe.push_to_hub, "other/theirs", token={TOKEN!r})
+catch("push, not mine, request", pipe.push_to_hub, "other/theirs", token={TOKEN!r}, create_pr=True)
+catch("push, bad name", pipe.push_to_hub, "user/a/b", token={TOKEN!r})
+catch("push, no folder", hub.push, "nowhere", "user/new", token={TOKEN!r})
+catch("push, no pipeline", hub.push, nothing, "user/new", token={TOKEN!r})
+own = MiniDDPMClassConditionalPipeline.from_pretrained
+for door, opener in dict(load_pipeline=load_pipeline, own=own).items():
+    catch(f"{{door}}, missing", opener, "user/missing", token={TOKEN!r})
+    catch(f"{{door}}, private", opener, "user/secret")
+    catch(f"{{door}}, stale token", opener, "user/public", token="hf_stale")
+    catch(f"{{door}}, no revision", opener, "user/public", revision="nope")
+    catch(f"{{door}}, empty", opener, "user/empty")
+catch("load_pipeline, bad name", load_pipeline, "user/a/b")
+catch("parts without subfolder", MiniUNet2DModel.from_pretrained, "user/public")
+for name, arguments in {{
+    "cli, push": ["push", folder, "user/new"],
+    "cli, push no pipeline": ["push", nothing, "user/new"],
+    "cli, sample private": ["sample", "user/secret"],
+    "cli, verify nothing": ["verify", "user/public"],
+}}.items():
+    out[name] = cli(*arguments)
+os.environ["HF_TOKEN"] = "hf_stale"
+out["cli, sample stale token"] = cli("sample", "user/public", "--steps", 1, "--num-images", 1, "--device", "cpu")
+catch("own, stale token, token=False", own, "user/public", token=False)
+print(json.dumps(out))
+""",
+        token=None,
+    )
+    expected = {
+        "push, no token": ("you must be logged in to the Hub: `hf auth login`", "NoneType"),
+        "push, wrong token": ("does not know your token (HF_TOKEN, `token=`", "HfHubHTTPError"),
+        "push, read-only token, new": ("Your token may not write to user/new", "HfHubHTTPError"),
+        "push, read-only token": ("Your token may not write to user/public", "HfHubHTTPError"),
+        "push, not mine": ("may not write to other/theirs: it needs the right to write", "HfHubHTTPError"),
+        "push, not mine, request": ("it worked", ""),
+        "push, bad name": (
+            "'user/a/b' is not a valid name of a repository on the Hub (user/name)",
+            "HFValidationError",
+        ),
+        "push, no folder": ("There is no folder nowhere", "NoneType"),
+        "push, no pipeline": ("is no pipeline: it has no model_index.json", "NoneType"),
+        "load_pipeline, bad name": ("No pipeline 'user/a/b': it is not a folder, not a repository", "NoneType"),
+        "parts without subfolder": ("config.json", None),
+        "cli, push": (2, "`hf auth login`"),
+        "cli, push no pipeline": (2, "is no pipeline"),
+        "cli, sample private": (2, "or it is private and you are not logged in"),
+        "cli, verify nothing": (2, "mini-ddpm sample user/public"),
+        "cli, sample stale token": (2, "unset HF_TOKEN"),
+        "own, stale token, token=False": ("it worked", ""),
+    }
+    for door in ("load_pipeline", "own"):
+        expected |= {
+            f"{door}, missing": ("No repository user/missing on the Hub, or it is private", "OSError"),
+            f"{door}, private": ("No repository user/secret on the Hub, or it is private", "OSError"),
+            f"{door}, stale token": ("if user/public is public, read it without a token: unset HF_TOKEN", None),
+            f"{door}, no revision": ("The repository user/public has no revision 'nope'", None),
+            f"{door}, empty": ("The repository user/empty holds no pipeline", None),
+        }
+    assert run.result.keys() == expected.keys()
+    for name, (message, cause) in expected.items():
+        if isinstance(message, int):
+            assert run.result[name][0] == message and cause in run.result[name][1], (name, run.result[name])
+        else:
+            assert message in run.result[name][0] and cause in (None, run.result[name][1]), (name, run.result[name])
+    assert "user/new" not in loopback_hub.repos
+    assert before["user/public"] == loopback_hub.repos["user/public"]["refs"]
+    assert before["other/theirs"]["main"] == loopback_hub.repos["other/theirs"]["refs"]["main"]
+
+
+def test_push_command_and_edited_cards(run_folder, loopback_hub, fresh_process):
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+import mini_ddpm
+from huggingface_hub import HfApi
+folder, api = {str(run_folder)!r}, HfApi()
+out["private"] = cli("push", folder, "user/cli", "--private", "--message", "By hand")
+out["branch"] = cli("push", folder, "user/cli", "--revision", "dev/2")
+out["request"] = cli("push", folder, "user/cli", "--create-pr")
+out["sample"] = cli("sample", "user/cli", "--revision", "dev/2", "--class-labels", "one", "--steps", 1)
+
+# Ours is replaced when the facts change, in whatever order people and we write.
+pipe = mini_ddpm.load_pipeline(folder)
+before = api.model_info("user/cli").sha
+torch.nn.init.ones_(pipe.unet.conv_out.bias)
+pipe.push_to_hub("user/cli")
+out["ours"] = open(api.hf_hub_download("user/cli", "README.md")).read()
+edited = out["ours"].replace("# cli", "# My digits")
+api.upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="user/cli")
+mini_ddpm.load_pipeline(folder).push_to_hub("user/cli")
+out["kept"] = open(api.hf_hub_download("user/cli", "README.md")).read() == edited
+out["back"] = draw(mini_ddpm.load_pipeline("user/cli"))
+print(json.dumps(out))
+"""
+    )
+    url, result = loopback_hub.url, run.result
+    assert result["private"] == [0, f"{url}/user/cli"] and loopback_hub.repos["user/cli"]["private"]
+    assert result["branch"] == [0, f"{url}/user/cli/tree/dev/2"]
+    assert result["request"] == [0, f"{url}/user/cli"]  # nothing differs from main: no pull request to open
+    assert result["sample"][0] == 0
+    assert "By hand" in loopback_hub.messages
+    assert "## Evaluation" not in result["ours"] and result["kept"]
+    assert result["back"] == draw(mini_ddpm.load_pipeline(run_folder))
+
+
+def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_process):
+    loopback_hub.lfs.clear()  # what it has, it does not ask for
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    damages = [("truncate", weights), ("flip", weights), ("flip", "unet/config.json")]
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+import shutil
+from pathlib import Path
+from mini_ddpm import *
+from huggingface_hub import HfApi
+folder, api = {str(run_folder)!r}, HfApi()
+pipe = load_pipeline(folder)
+
+# 1. An upload that breaks off leaves no commit; the next completes it.
+for name, start in dict(weights="PUT /lfs/", commit="POST /api/models/user/broken/commit").items():
+    fail(start=start, status=507 if name == "weights" else 500)
+    catch(f"push, {{name}} lost", pipe.push_to_hub, "user/broken")
+    out[f"after {{name}}"] = api.list_repo_files("user/broken")
+fail()
+catch("push again", pipe.push_to_hub, "user/broken")
+sha = api.model_info("user/broken").sha
+catch("push the same", pipe.push_to_hub, "user/broken")
+out["nothing new"] = sha == api.model_info("user/broken").sha
+
+# 2. A download that is cut short or damaged leaves nothing broken in the cache.
+cache = Path(os.environ["HF_HOME"]) / "hub"
+for damage, file in {damages}:
+    fail(start=f"GET /user/broken/resolve/{{sha}}/{{file}}", damage=damage)
+    catch(f"{{damage}} {{file}}", load_pipeline, "user/broken")
+    fail()
+    catch(f"after {{damage}} {{file}}", load_pipeline, "user/broken")
+    out[f"image after {{damage}} {{file}}"] = draw(load_pipeline("user/broken"))
+    shutil.rmtree(cache)
+
+# 3. The doors of diffusers do not look at contents; `verify` does.
+fail(start=f"GET /user/broken/resolve/{{sha}}/unet/diffusion_pytorch_model", damage="flip")
+catch("flip unnoticed", DiffusionPipeline.from_pretrained, "user/broken")
+fail()
+out["verify"] = cli("verify", "user/broken")
+out["sample"] = cli("sample", "user/broken", "--class-labels", "one", "--steps", 1, "--device", "cpu")
+out["verify again"] = cli("verify", "user/broken")
+print(json.dumps(out))
+"""
+    )
+    result = run.result
+    expected = draw(mini_ddpm.load_pipeline(run_folder))
+    for name in ("weights", "commit"):
+        assert result[f"push, {name} lost"][0].endswith("Nothing is half published; push again to complete it.")
+        assert result[f"after {name}"] == [".gitattributes"]
+    assert result["push again"] == ["it worked", ""] and result["nothing new"]
+    assert "unet/diffusion_pytorch_model.safetensors" in loopback_hub.files("user/broken")
+    for damage, file in damages:
+        message = "connection" if damage == "truncate" else f"user/broken: {file} came damaged from the Hub"
+        assert message in result[f"{damage} {file}"][0]
+        assert result[f"after {damage} {file}"] == ["it worked", ""]
+        assert result[f"image after {damage} {file}"] == expected
+    assert result["flip unnoticed"] == ["it worked", ""]
+    assert result["verify"][0] == 2 and "unet/diffusion_pytorch_model.safetensors" in result["verify"][1]
+    assert result["sample"][0] == 0 and result["verify again"][0] == 0
+
+
+def test_no_network(run_folder, fresh_process):
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+from mini_ddpm import *
+pipe = load_pipeline({str(run_folder)!r})
+catch("push", pipe.push_to_hub, "user/new")
+catch("pull", load_pipeline, "user/new")
+catch("own", MiniDDPMClassConditionalPipeline.from_pretrained, "user/new")
+out["verify"] = cli("verify", "user/new")
+print(json.dumps(out))
+""",
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    for name in ("push", "pull", "own"):
+        assert re.match(
+            r"The connection to the Hub \(http://127.0.0.1:9\) failed: .*Check the network", run.result[name][0]
+        )
