@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import graphlib
+import importlib
 import itertools
 import re
 import shlex
@@ -132,6 +133,8 @@ def test_portable_files_stand_alone(name):
     assert get_relative_imports(str(file)) == []
     text = re.findall(r"^\s*(?:import|from)\s+(\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {line.partition(".")[0] for line in text} <= set(sys.stdlib_module_names) | allowed
+    # the loader looks up the base class of a part's kind in the module that defines it
+    assert hasattr(importlib.import_module(f"mini_ddpm.{name}"), "ModelMixin" if "unet" in name else "SchedulerMixin")
 
 
 def test_import_is_quick_and_loads_nothing_but_the_host():

@@ -357,8 +357,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             if first > second**2:
                 raise ValueError(
                     f"{type(scheduler).__name__} diverges here: its first step leads from σ = {first:.5g} straight to"
-                    f" {second:.5g}. Make it with `use_karras_sigmas=True` or `timestep_spacing='leading'`, or take"
-                    " another of `pipe.scheduler.compatibles`."
+                    f" {second:.5g}. Make it with `timestep_spacing='leading'`, or take another of"
+                    " `pipe.scheduler.compatibles`."
                 )
         latents = latents * scheduler.init_noise_sigma
         channels = latents.shape[1]
