@@ -389,7 +389,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         # no other layer would get a gradient in the first step, and an adapter on them would change nothing.
         with torch.no_grad():
             for parameter in self.conv_out.parameters():
-                parameter.mul_(0.1)
+                parameter.mul_(0.3)
 
     def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
         """Refuse a shape that cannot be built, naming the key that is wrong."""
