@@ -260,7 +260,8 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
 
 def _check_weights(folder: Path, config: dict[str, Any], cls: Any, variant: str | None) -> None:
     """Raises for a weights file that is truncated or corrupt, or that is not of the network the config describes."""
-    files = _weights(folder).get(variant) or _weights(folder).get(None)
+    by_variant = _weights(folder)
+    files = by_variant.get(variant) or by_variant.get(None)
     if not files:
         raise OSError(f"{folder} has no weights: no diffusion_pytorch_model.safetensors.")
     stored: dict[str, list[int]] = {}
