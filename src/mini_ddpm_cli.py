@@ -1,4 +1,4 @@
-"""The command line: `mini-ddpm sample`, `train`, `card`, `push`, `verify`.
+"""The command line: `mini-ddpm sample`, `train`, `evaluate`, `card`, `push`, `verify`.
 
 This is a module beside the package `mini_ddpm`, not in it, since importing anything from the package imports torch and
 diffusers (5 s): `mini-ddpm --help` answers without them. Each command imports what it needs when it runs.
@@ -25,19 +25,10 @@ import tyro
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
+    from mini_ddpm.evaluation import EvaluateConfig
     from mini_ddpm.training import TrainConfig
 
-# name on the command line: module and class, made with `from_config` from the scheduler the pipeline came with
-SCHEDULERS = {
-    "ddpm": "mini_ddpm.MiniDDPMScheduler",
-    "ddim": "mini_ddpm.MiniDDIMScheduler",
-    "dpmsolver++": "diffusers.DPMSolverMultistepScheduler",
-    "unipc": "diffusers.UniPCMultistepScheduler",
-    "euler": "diffusers.EulerDiscreteScheduler",
-    "euler-ancestral": "diffusers.EulerAncestralDiscreteScheduler",
-}
 # PIPELINE, not [STR]; INT, not {None}|INT
 _TYRO = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
 _FILES_OF_A_SAMPLE_FOLDER = re.compile(r"\d{5,}(_[\w-]+)?\.png")
@@ -68,7 +59,7 @@ class SampleConfig:
     eta: float = 0.0
     """Noise that DDIM adds back at each step: 0 is deterministic, 1 is as much as DDPM."""
 
-    scheduler: Annotated[str | None, tyro.conf.arg(metavar="|".join(SCHEDULERS))] = None
+    scheduler: Annotated[str | None, tyro.conf.arg(metavar="ddpm|ddim|dpmsolver++|unipc|euler|euler-ancestral")] = None
     """Sampler. None: the one the pipeline was saved with."""
 
     seed: int = 0
@@ -105,12 +96,11 @@ def sample(config: SampleConfig) -> None:
 
         from mini_ddpm import hub, plots
 
-        device = _device(config.device)
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
+        device = hub.find_device(config.device)
         diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
-        pipe: Any = hub.load_pipeline(config.pipeline, dtype=dtype, revision=config.revision)
+        pipe: Any = hub.load_pipeline(config.pipeline, dtype=hub.DTYPES[config.dtype], revision=config.revision)
         if config.scheduler is not None:
-            pipe.scheduler = _scheduler_class(config.scheduler).from_config(pipe.scheduler.config)
+            pipe.scheduler = hub.replace_scheduler(pipe.scheduler, config.scheduler)
         pipe.to(device)
 
         film = kind in (".gif", ".webp")
@@ -163,6 +153,16 @@ def train(config: TrainConfig) -> None:
     folder = training.train(config)
     if os.environ.get("RANK", "0") == "0":  # one line from `accelerate launch` with many processes
         print(f"{folder}: trained; draw from it with: mini-ddpm sample {folder}")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure a pipeline against real images: FID and more."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from mini_ddpm import evaluation
+
+    diffusers_logging.disable_progress_bar()  # the one for reading files
+    print(evaluation.markdown_table(evaluation.evaluate(config)), end="")
 
 
 @dataclass
@@ -266,6 +266,7 @@ def verify(config: VerifyConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli.SampleConfig"),
     "train": (train, "mini_ddpm.training.TrainConfig"),
+    "evaluate": (evaluate, "mini_ddpm.evaluation.EvaluateConfig"),
     "card": (card, "mini_ddpm_cli.CardConfig"),
     "push": (push, "mini_ddpm_cli.PushConfig"),
     "verify": (verify, "mini_ddpm_cli.VerifyConfig"),
@@ -298,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:8}{(run.__doc__ or '').splitlines()[0]}" for name, (run, _) in COMMANDS.items())
+    commands = "\n".join(f"  {name:10}{(run.__doc__ or '').splitlines()[0]}" for name, (run, _) in COMMANDS.items())
     return f"""usage: mini-ddpm COMMAND [OPTIONS]
 
 A small, fast denoising diffusion model. Commands:
@@ -340,26 +341,6 @@ def parse(argv: Sequence[str]) -> Any:
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     message = " ".join(lines[:rule]) or stderr.getvalue()
     raise ValueError(f"{message.rstrip('.')}; see mini-ddpm {command} --help")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in found.items() if there))
-    kind, _, index = name.partition(":")
-    if kind not in found or (index and not index.isdigit()):
-        raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")
-    if not found[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"--device {name}: PyTorch finds no such device here; --device cpu always works")
-    return torch.device(name)
-
-
-def _scheduler_class(name: str) -> Any:
-    if name not in SCHEDULERS:
-        raise ValueError(f"--scheduler {name}: choose one of {', '.join(SCHEDULERS)}")
-    return _import(SCHEDULERS[name])
 
 
 def _import(path: str) -> Any:

