@@ -1,89 +1,94 @@
-"""The measuring scripts measure: on a task whose answer is known."""
+"""The scripts around the measurements do what they say: on a task that is known to be easy, or to be none."""
 
+import dataclasses
 import importlib.util
-import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+from transformers import AutoModelForImageClassification
 
-import mini_ddpm
-from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline
+from mini_ddpm.data import image_dataset, to_model_range
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "class_accuracy.py"
-
-
-def half(label):
-    """An image of class 0 is bright on the left, of class 1 on the right; (8, 8) bytes."""
-    pixels = np.zeros((8, 8), dtype=np.uint8)
-    pixels[:, 4 * label : 4 * label + 4] = 255
-    return pixels
-
-
-class Confused(ModelMixin, ConfigMixin):
-    """Predicts the very image that was asked for, but class 1 when asked for class 0 at every fourth place."""
-
-    @register_to_config
-    def __init__(self, sample_size=8, in_channels=1, num_class_embeds=3):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, sample, timestep, class_labels):
-        shown = class_labels % 2
-        shown[::4] = 1
-        images = [torch.from_numpy(half(int(label)) / 127.5 - 1) for label in shown]
-        return UNet2DOutput(sample=torch.stack(images)[:, None].to(sample))
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
 
 
 @pytest.fixture(scope="module")
 def script():
     # Registered, as dataclasses look up the module of their annotations.
-    spec = importlib.util.spec_from_file_location("class_accuracy", SCRIPT)
-    module = sys.modules["class_accuracy"] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("train_classifier", SCRIPT)
+    module = sys.modules["train_classifier"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_class_accuracy_counts_what_is_wrong(script, tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Noisy 8x8 pictures of two classes, bright on the left or on the right, with the splits train and test."""
+    root, rng = tmp_path_factory.mktemp("halves"), np.random.default_rng(0)
     for split, count in (("train", 256), ("test", 32)):
         for index in range(count):
-            folder = tmp_path / "real" / split / ("left", "right")[index % 2]
+            pixels, label = rng.normal(0, 40, (8, 8)), index % 2
+            pixels[:, 4 * label : 4 * label + 4] += 255
+            folder = root / split / ("left", "right")[label]
             folder.mkdir(parents=True, exist_ok=True)
-            noisy = np.clip(half(index % 2) + rng.normal(0, 40, (8, 8)), 0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(folder / f"{index:03d}.png")
-    pipe = MiniDDPMClassConditionalPipeline(
-        Confused(), MiniDDIMScheduler(prediction_type="sample"), id2label={0: "left", 1: "right"}
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture
+def config(script, halves, tmp_path):
+    return script.Config(
+        dataset_name=str(halves), output_dir=tmp_path / "classifier", epochs=20, max_shift=0, device="cpu"
     )
-    monkeypatch.setattr(mini_ddpm, "load_pipeline", lambda name, dtype: pipe)
-    monkeypatch.setattr(script, "MAX_SHIFT", 0)
-    arguments = script.Args(
-        dataset=str(tmp_path / "real"),
-        classifier=tmp_path / "classifier",
-        epochs=20,
-        num_images=16,
-        batch_size=8,
-        num_inference_steps=(1, 2),
-        guidance_scale=1.0,
-        out=tmp_path / "accuracy.json",
-    )
-    results = script.main(arguments)
-    assert results == json.loads((tmp_path / "accuracy.json").read_text())
-    assert [result["num_inference_steps"] for result in results] == [1, 2]
-    for result in results:
-        assert result["classifier_test_accuracy"] >= 0.992
-        assert result["accuracy"] == 0.75 and result["accuracy_per_class"] == {"left": 0.5, "right": 1.0}
-        assert result["confusions"] == [{"asked": "left", "read": "right", "count": 4}]
-    trained = (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns
-    script.main(arguments)
-    assert (tmp_path / "classifier" / "model.safetensors").stat().st_mtime_ns == trained
-    arguments.num_images = 15
-    with pytest.raises(ValueError, match="multiple of the 2 classes"):
-        script.main(arguments)
-    capsys.readouterr()
+
+
+def test_the_classifier_is_as_good_as_it_says(script, config):
+    accuracy = script.train_classifier(config)
+    assert accuracy >= 0.992
+    network = AutoModelForImageClassification.from_pretrained(config.output_dir).eval()
+    assert network.config.id2label == {0: "left", 1: "right"}
+    images, labels = image_dataset(config.dataset_name, "test").stack(progress=False)
+    with torch.inference_mode():
+        read = network(to_model_range(images)).logits.argmax(1)
+    assert (read == labels).double().mean().item() == accuracy == network.config.test_accuracy
+
+    before = {path: path.read_bytes() for path in config.output_dir.iterdir()}
+    with pytest.raises(ValueError, match="is there already"):
+        script.train_classifier(config)
+    assert {path: path.read_bytes() for path in config.output_dir.iterdir()} == before
+
+
+def test_a_classifier_that_cannot_tell_is_not_saved(script, config, tmp_path):
+    for split, count in (("train", 32), ("test", 16)):
+        for index in range(count):  # the same picture in both classes
+            folder = tmp_path / "same" / split / ("left", "right")[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 128).save(folder / f"{index:03d}.png")
+    with pytest.raises(ValueError, match=r"only 50.00% .* less than min_test_accuracy=99.20%, and is not saved"):
+        script.train_classifier(dataclasses.replace(config, dataset_name=str(tmp_path / "same"), epochs=1))
+    assert not config.output_dir.exists()
+
+
+def test_the_command_line_refuses_unlabelled_images_in_one_line(config, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "flat" / split / "0.png")
+    arguments = ["--dataset-name", tmp_path / "flat", "--output-dir", config.output_dir]
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {str(tmp_path / 'flat')!r} has no labels to train a classifier on."
+    assert "Traceback" not in done.stderr and not config.output_dir.exists()
+
+
+def test_shifts_are_whole_and_in_every_direction(script):
+    torch.manual_seed(0)
+    image = torch.arange(1, 13, dtype=torch.uint8).view(1, 1, 3, 4)
+    framed = torch.nn.functional.pad(image, (1, 1, 1, 1))
+    possible = {tuple(framed[..., i : i + 3, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
+    seen = {tuple(shift.flatten().tolist()) for shift in script.shifted(image.expand(200, -1, -1, -1), 1)}
+    assert seen == possible

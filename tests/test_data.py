@@ -102,6 +102,17 @@ def test_colour_pictures_not_square_without_labels(tmp_path, make_pixels):
     assert dataset[2].keys() == {"images"}
 
 
+def test_folders_of_splits_are_no_classes(tmp_path, make_pixels):
+    pixels = make_pixels(5, 4, 4)
+    write(tmp_path / "train", *pixels[:3])
+    write(tmp_path / "test", *pixels[3:])
+    for split, expected in (("train", pixels[:3]), ("test", pixels[3:])):
+        dataset = image_dataset(tmp_path, split)
+        images, labels = dataset.stack(progress=False)
+        assert (dataset.id2label, labels) == (None, None)
+        assert np.array_equal(images[:, 0], expected)
+
+
 def test_hub_layout_with_columns_found_and_given(tmp_path, make_pixels):
     pixels = [Image.fromarray(picture) for picture in make_pixels(6, 4, 4)]
     features = {

@@ -46,9 +46,21 @@ def run_folder(tmp_path_factory, tiny_unet):
         {"step": n, "epoch": n / 10, "images": 64 * n, "loss": 0.0625, "seconds": 90.0, "lr": 0.0} for n in (10, 20)
     ]
     (folder / "train_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    # One figure by hand, and what `mini-ddpm evaluate` writes: real images as the floor, a sampler.
+    protocol = {"feature_extractor": "Inception (2015)", "feature_dtype": "bf16", "dataset": "ylecun/mnist"}
+    protocol |= {"split": "test", "reference_images": 10_000, "num_images": 1000, "seed": 0}
+    sampler = {"scheduler": "MiniDDIMScheduler", "num_inference_steps": 20, "eta": 0.0, "dtype": "fp32"}
     records = [
-        {"metric": "fid", "name": "FID", "value": 3.25, "dataset": "ylecun/mnist", "num_inference_steps": 50},
-        {"accuracy": 0.985, "classifier_test_accuracy": 0.995, "num_images": 1000, "num_inference_steps": 20},
+        {"metric": "kid", "name": "KID", "value": 0.5, "dataset": "ylecun/mnist", "num_inference_steps": 50},
+        {"images": "real", "num_images": 1000, "fid": 1.5, "class_accuracy": 0.995, "protocol": protocol},
+        {
+            "images": "generated",
+            "num_images": 1000,
+            "fid": 3.25,
+            "class_accuracy": 0.985,
+            "protocol": protocol,
+            **sampler,
+        },
     ]
     (folder / "evaluation.json").write_text(json.dumps(records))
     return folder
@@ -75,6 +87,7 @@ def test_card_says_what_the_folder_knows(run_folder):
     assert data.library_name == "diffusers" and data.pipeline_tag == "unconditional-image-generation"
     assert data.datasets == ["ylecun/mnist"] and "mini-ddpm" in data.tags and data.license is None
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        "kid": 0.5,
         "fid": 3.25,
         "accuracy": 0.985,
     }
@@ -94,7 +107,10 @@ def test_card_says_what_the_folder_knows(run_folder):
         "mini-ddpm sample user/digits",
         "20 steps of AdamW with 64 images each, 2 epochs, 1,280 images seen, in 2 minutes.",
         "loss at the end: 0.0625",
-        "| 98.50% | 1,000 images, 20 steps, read by a classifier that is right on 99.50% of the real test images |",
+        "| 3.25 | 1,000 images, 20 steps, MiniDDIMScheduler, fp32, against 10,000 real ones,",
+        "Inception (2015) in bf16; real images: 1.50 |",
+        "| 98.50% | 1,000 images, 20 steps, MiniDDIMScheduler, fp32,",
+        "read by a classifier, right on real images: 99.50% |",
         "zero, one, two",
         "2207.12598",
     ):

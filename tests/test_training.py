@@ -19,8 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mini_ddpm import MiniDDIMScheduler, load_pipeline, training
-from mini_ddpm.training import TrainConfig, _image_ids, _noise_batch, compute_loss, train
+from mini_ddpm import (
+    MiniDDIMScheduler,
+    MiniDDPMClassConditionalPipeline,
+    MiniDDPMPipeline,
+    load_pipeline,
+    training,
+)
+from mini_ddpm.data import image_dataset
+from mini_ddpm.training import TrainConfig, _image_ids, _new_model, _noise_batch, compute_loss, train
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -60,7 +67,7 @@ def config(pictures, tmp_path):
 
 
 def weights(folder):
-    return load_file(folder / WEIGHTS)
+    return load_file(Path(folder) / WEIGHTS)
 
 
 def assert_equal_weights(folder, other):
@@ -142,8 +149,10 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
 
 def test_processes_share_the_batch_of_one():
     images, labels = torch.zeros(8, 1, 4, 4), torch.arange(8)
-    whole = _noise_batch(TrainConfig(train_batch_size=8), process(0, 1), 3, images, labels, 8)
-    parts = [_noise_batch(TrainConfig(), process(i, 2), 3, images[:4], labels[4 * i : 4 * i + 4], 8) for i in (0, 1)]
+    whole = _noise_batch(TrainConfig(), process(0, 1), 1000, 3, images, labels, 8)
+    parts = [
+        _noise_batch(TrainConfig(), process(i, 2), 1000, 3, images[:4], labels[4 * i : 4 * i + 4], 8) for i in (0, 1)
+    ]
     for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(of_whole, torch.cat(of_parts))
     ids = [list(_image_ids(TrainConfig(train_batch_size=4), process(i, 2), 10, range(5))) for i in (0, 1)]
@@ -155,7 +164,7 @@ def test_timesteps_are_stratified_and_labels_dropped():
     config, images = TrainConfig(class_dropout_prob=0.25), torch.zeros(100, 1, 1, 1)
     seen, dropped = [], 0
     for step in range(40):
-        noise, timesteps, labels = _noise_batch(config, process(0, 1), step, images, torch.zeros(100).long(), 10)
+        noise, timesteps, labels = _noise_batch(config, process(0, 1), 1000, step, images, torch.zeros(100).long(), 10)
         assert (timesteps.sort().values // 10 == torch.arange(100)).sum() >= 1
         assert torch.histc(timesteps.float(), 10, 0, 1000).tolist() == pytest.approx([10] * 10, abs=1)
         assert set(labels.tolist()) <= {0, 10}
@@ -284,6 +293,97 @@ def test_colour_and_oblong_pictures(config, tmp_path):
     assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 3, 9, 12)
 
 
+# ---- runs that start from a pipeline -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def save(tiny_unet, tmp_path):
+    """Saves an untrained pipeline whose every weight shows, and returns its folder and its network."""
+
+    def make(timesteps=1000, prediction_type="v_prediction", **shape):
+        unet = tiny_unet(**shape)
+        scheduler = MiniDDIMScheduler(num_train_timesteps=timesteps, prediction_type=prediction_type)
+        kind = MiniDDPMPipeline if unet.config.num_class_embeds is None else MiniDDPMClassConditionalPipeline
+        kind(unet, scheduler).save_pretrained(tmp_path / "start")
+        return str(tmp_path / "start"), unet
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("known", "classes", "told"),
+    [
+        # classes that the source knows, those of the dataset, and what the source is told where the new one is told y
+        pytest.param(10, None, lambda y: torch.full_like(y, 10), id="classes to none"),
+        pytest.param(None, 2, lambda y: None, id="none to classes"),
+        pytest.param(10, 2, lambda y: torch.full_like(y, 10), id="classes to others"),
+        pytest.param(10, 10, lambda y: y, id="classes to as many"),
+        pytest.param(None, None, lambda y: None, id="none to none"),
+    ],
+)
+def test_a_run_starts_as_the_pipeline_it_starts_from(save, config, tmp_path, known, classes, told):
+    folder, source = save(num_class_embeds=known and known + 1)
+    for index in range(classes or 1):
+        (tmp_path / "other" / str(index)).mkdir(parents=True)
+        Image.new("L", (10, 12)).save(tmp_path / "other" / str(index) / "0.png")
+    config = dataclasses.replace(
+        config, pretrained_model_name_or_path=folder, class_conditional=classes is not None, dropout=0.5
+    )
+    unet, scheduler = _new_model(config, image_dataset(tmp_path / "other"))
+    assert unet.config.num_class_embeds == (classes and classes + 1)
+    assert unet.config.sample_size == (12, 10) and unet.config.dropout == 0.5
+    sample, timesteps = torch.randn(11, 1, 12, 10), torch.arange(0, 1000, 99)[:11]
+    labels = torch.arange(11) % ((classes or 0) + 1)  # the null label too
+    with torch.no_grad():
+        began = unet.eval()(sample, timesteps, None if classes is None else labels).sample
+        expected = source(sample, timesteps, told(labels)).sample
+        torch.testing.assert_close(began, expected, atol=1e-5, rtol=0)
+        if known:  # else any class would do
+            assert (source(sample, timesteps, torch.zeros(11).long()).sample - expected).abs().max() > 1e-3
+
+
+def test_shape_and_noise_schedule_are_those_of_the_pipeline(save, config):
+    # Fewer timesteps than the configuration has, and than the steps in which grids of samples are drawn.
+    folder, source = save(timesteps=20, prediction_type="epsilon", sample_size=28, num_class_embeds=None)
+    config = dataclasses.replace(
+        config, pretrained_model_name_or_path=folder, max_train_steps=1, save_images_epochs=1, train_batch_size=32
+    )
+    pipe = load_pipeline(train(config))
+    assert (pipe.scheduler.config.num_train_timesteps, pipe.scheduler.config.prediction_type) == (20, "epsilon")
+    assert list(pipe.unet.config.block_out_channels) == list(source.config.block_out_channels)
+    assert pipe.unet.config.sample_size == 8
+    assert pipe(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+    # The learning rate rises from zero, so that the first step leaves the weights as they were.
+    assert_equal_weights(config.output_dir, folder)
+    trained = train(dataclasses.replace(config, max_train_steps=10, output_dir=config.output_dir.with_name("longer")))
+    before = source.state_dict()
+    assert all(not torch.equal(tensor, before[key]) for key, tensor in weights(trained).items() if "conv" in key)
+
+
+def test_a_cut_run_from_a_pipeline_goes_on(save, config, tmp_path):
+    folder, source = save()
+    config = dataclasses.replace(config, pretrained_model_name_or_path=folder, class_conditional=True)
+    whole = train(config)
+    cut = whole.with_name("cut")
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-20")
+    (cut / WEIGHTS).unlink()
+    train(dataclasses.replace(config, output_dir=cut))
+    assert_equal_weights(cut, whole)
+    shutil.copytree(folder, tmp_path / "another")
+    for other in (None, str(tmp_path / "another")):
+        with pytest.raises(ValueError, match=f"pretrained_model_name_or_path='{folder}', not {other!r}"):
+            train(dataclasses.replace(config, pretrained_model_name_or_path=other))
+
+
+def test_a_pipeline_of_other_images_is_refused(save, config):
+    folder, source = save(in_channels=3, out_channels=3)
+    with pytest.raises(ValueError, match="3 channels, and those of .* have 1") as error:
+        train(dataclasses.replace(config, pretrained_model_name_or_path=folder))
+    assert "\n" not in str(error.value)
+    assert not config.output_dir.exists()
+
+
 # ---- what goes wrong ---------------------------------------------------------------------------------------
 
 
@@ -376,3 +476,92 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_otherwise(
     with pytest.raises(ValueError, match=r"1\.png.*cannot be decoded"):
         train(dataclasses.replace(config, dataset_name=str(tmp_path / "damaged"), max_train_steps=1))
     assert load_pipeline(train(dataclasses.replace(config, max_train_steps=1)))
+
+
+# ---- not MNIST alone ---------------------------------------------------------------------------------------
+
+
+def blobs(folder, height, width, background, colours, count=240):
+    """Smooth pictures made by a formula: a soft spot of its class's colour, anywhere on a background with a gradient.
+
+    Colours are RGB or grey in [0, 1], by class; a lone class `None` has no folder of its own.
+    """
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:height, :width] / max(height, width)
+    for index in range(count):
+        name = list(colours)[index % len(colours)]
+        row, column, size = (
+            rng.uniform(0.2, 0.8) * rows.max(),
+            rng.uniform(0.2, 0.8) * columns.max(),
+            rng.uniform(0.1, 0.2),
+        )
+        spot = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * size**2))[..., None]  # (H, W, 1)
+        shade = 1 + rng.uniform(-0.2, 0.2) * (2 * columns[..., None] / columns.max() - 1)
+        pixels = (1 - spot) * shade * np.array(background) + spot * np.array(colours[name])
+        pixels = np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+        path = folder / (name or "") / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+
+
+def statistics(images):
+    """Of images (N, C, H, W) in [0, 1], by channel: mean, standard deviation, how far neighbours are apart. (3, C)"""
+    apart = (images.diff(dim=-1).abs().mean(dim=(0, 2, 3)) + images.diff(dim=-2).abs().mean(dim=(0, 2, 3))) / 2
+    return torch.stack([images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3)), apart])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "background", "colours"),
+    [
+        pytest.param(
+            (32, 32),
+            (0.1, 0.1, 0.2),
+            {"blue": (0.1, 0.3, 1.0), "green": (0.2, 0.9, 0.1), "red": (1.0, 0.2, 0.1)},
+            id="32x32 colour with classes",
+        ),
+        pytest.param((28, 28), (0.8,), {None: (0.1,)}, id="28x28 grey without"),
+        pytest.param(
+            (12, 20),
+            (0.9, 0.7, 0.4),
+            {"dark": (0.1, 0.0, 0.3), "light": (0.9, 1.0, 1.0)},
+            id="20x12 colour with classes",
+        ),
+    ],
+)
+def test_learns_other_images_without_a_change(config, tmp_path, size, background, colours):
+    blobs(tmp_path / "blobs", *size, background, colours)
+    classes = [name for name in colours if name]
+    config = dataclasses.replace(
+        config,
+        dataset_name=str(tmp_path / "blobs"),
+        class_conditional=bool(classes),
+        block_out_channels=(32, 64),
+        train_batch_size=32,
+        max_train_steps=int(os.environ.get("STEPS", 300)),
+        learning_rate=2e-3,
+        checkpointing_steps=1000,
+        logging_steps=20,
+        ema_max_decay=0.98,
+    )
+    pipe = load_pipeline(train(config))
+    log = [json.loads(line) for line in (config.output_dir / "train_log.jsonl").read_text().splitlines()]
+    print([round(line["loss"], 4) for line in log], log[-1]["seconds"])
+
+    pipe.set_progress_bar_config(disable=True)
+    what = (
+        {"class_labels": [name for name in classes for _ in range(96 // len(classes))], "guidance_scale": 1.0}
+        if classes
+        else {"batch_size": 96}
+    )
+    drawn = pipe(**what, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    dataset = image_dataset(tmp_path / "blobs")
+    real, labels = dataset.stack(progress=False)
+    real = real / 255.0
+    assert drawn.shape[1:] == real.shape[1:] == (len(background), *size)
+    print(statistics(real))
+    print(statistics(drawn))
+    if classes:
+        own = drawn.unflatten(0, (len(classes), -1)).mean(dim=1)
+        means = torch.stack([real[labels == label].mean(dim=0) for label in range(len(classes))])
+        print((own[:, None] - means[None]).square().mean(dim=(2, 3, 4)).sqrt())

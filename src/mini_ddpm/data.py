@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import datasets
     from PIL import Image
 
+# Folders of splits, which `datasets` takes for the classes of the pictures where there are no folders below them.
+_SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+
 
 class ImageDataset(Dataset[dict[str, Any]]):
     """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
@@ -171,6 +174,9 @@ def image_dataset(
     if is_local and not folder.is_dir():
         raise ValueError(f"Dataset {str(name)!r} is {'a file, not a folder' if folder.exists() else 'not there'}.")
     rows = _load(str(folder if is_local else name), split, is_local)
+    classes = rows.features.get("label")
+    if is_local and isinstance(classes, datasets.ClassLabel) and set(classes.names) <= _SPLIT_FOLDERS:
+        rows = rows.remove_columns("label")
 
     columns = ", ".join(rows.column_names)
     for column in (image_column, label_column):

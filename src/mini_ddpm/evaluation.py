@@ -15,6 +15,7 @@ that was cut off goes on where it was, and what was measured once is not compute
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -248,7 +249,8 @@ def precision_recall_density_coverage(
 def memorization(images: torch.Tensor, train_images: torch.Tensor, train_radii: torch.Tensor) -> float:
     """Share of images that are nearer to a training image than that one is to any other (2102.08921, section 3.3).
 
-    Distances are between pixels. Copies have 1; images that were never seen about a half, by symmetry: compare.
+    Distances are between pixels. Copies have 1; unseen images the chance that two points are each other's nearest
+    neighbours, about a half where the points fill many dimensions evenly. Compare with real images that were not seen.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -274,7 +276,7 @@ class FeatureExtractor:
 
     Attributes:
         name: What it is called in the protocol, its precision not included.
-        key: What its results are cached under: a hash of its weights, and its precision.
+        key: What its results are cached under: a hash of its weights, its preprocessing and its precision.
         run: The network, its preprocessing included.
     """
 
@@ -377,15 +379,18 @@ def transformers_extractor(
 
     Raises:
         OSError: There is no such model.
-        ValueError: It does not take images.
+        ValueError: It does not take images, or lacks weights.
     """
     from transformers import AutoModel
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[feature_dtype]
-    network = AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+    network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    network = network.to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
         raise ValueError(f"{name} is no vision model: it takes {network.main_input_name}, not pixel_values.")
-    prepare = _preprocessing(name, network)
+    if loading["missing_keys"]:  # transformers draws them anew each time
+        raise ValueError(f"{name} has no weights for {min(loading['missing_keys'])}: its features would be random.")
+    prepare, settings = _preprocessing(name, network)
 
     def run(images: torch.Tensor) -> torch.Tensor:
         pixels = prepare(images).to(device, dtype)
@@ -399,12 +404,12 @@ def transformers_extractor(
         features: torch.Tensor = pooled.flatten(1).float()
         return features
 
-    key = _hash(network.state_dict().items(), feature_dtype)
+    key = _hash(network.state_dict().items(), feature_dtype, settings)
     return FeatureExtractor(Path(name).name if Path(name).is_dir() else name, key, run)
 
 
-def _preprocessing(name: str, network: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from uint8 images (B, C, H, W) to what a vision model of transformers takes."""
+def _preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    """A function from uint8 images (B, C, H, W) to what a vision model of transformers takes, and its settings."""
     from transformers import AutoImageProcessor
 
     channels = getattr(network.config, "num_channels", 3)
@@ -421,7 +426,7 @@ def _preprocessing(name: str, network: Any) -> Callable[[torch.Tensor], torch.Te
         prepared: torch.Tensor = pixels["pixel_values"]
         return prepared
 
-    return prepare
+    return prepare, "" if processor is None else processor.to_json_string()
 
 
 def _hash(tensors: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
@@ -469,7 +474,7 @@ def _cached(kind: str, key: list[Any], compute: Callable[[], Arrays]) -> Arrays:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = cache_folder() / kind / digest[:2] / f"{digest}.npz"
     if file.is_file():
-        with np.load(file) as arrays:
+        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), np.load(file) as arrays:  # or it is damaged
             return dict(arrays)
     computed = compute()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -504,6 +509,11 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
     pipe.set_progress_bar_config(disable=True)
     schedulers = [replace_scheduler(pipe.scheduler, name) for name in config.schedulers] or [pipe.scheduler]
+    if max(config.num_inference_steps) > pipe.scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={max(config.num_inference_steps)} is more than the "
+            f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
+        )
     guidance_scale = _guidance_scale(config, pipe)
     weights = _hash(pipe.unet.state_dict().items(), json.dumps(dict(pipe.unet.config), default=str, sort_keys=True))
 
@@ -513,6 +523,13 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         raise ValueError(
             f"{config.pipeline} draws images of {pipe.unet.config.in_channels} channels, and those of "
             f"{config.dataset_name!r} have {reference.shape[0]}."
+        )
+    size = pipe.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if reference.shape[1:] != (height, width):
+        raise ValueError(
+            f"{config.pipeline} draws images of {width}x{height} pixels, and those of {config.dataset_name!r} have "
+            f"{reference.shape[2]}x{reference.shape[1]}: pass --resolution to crop and resize them."
         )
     splits = {config.split: reference}
     other_split = config.other_split or {"test": "train", "train": "test"}.get(config.split)
@@ -534,6 +551,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     protocol = {
         "feature_extractor": extractor.name,
         "feature_dtype": config.feature_dtype,
+        "feature_hash": extractor.key[:16],
         "dataset": _title(config.dataset_name),
         "split": config.split,
         "reference_images": len(reference),
@@ -580,10 +598,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     # 4. The floor: real images that are not in the reference; memorization is that of real images not trained on.
     if other_split in images:
         others, labels = images[other_split]
-        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
+        order = _some(len(others), config)
         unseen = [images[name][0] for name in images if name != config.train_split]
         figures = measure(f"{other_split} images", others[order], labels[order] if labels is not None else None)
-        figures |= memorized(unseen[0][: config.num_images] if unseen else None)
+        figures |= memorized(unseen[0][_some(len(unseen[0]), config)] if unseen else None)
         add({"images": "real", "drawn_from": other_split, "num_images": len(order)} | figures)
 
     # 5. Each sampler.
@@ -602,6 +620,11 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
             add(row)
     return rows
+
+
+def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
+    """Indices of as many real images as are drawn, at most `count`, by chance: folders are sorted by class."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
 
 
 def _guidance_scale(config: EvaluateConfig, pipe: Any) -> float | None:
@@ -652,12 +675,9 @@ def _draw(
                 parts, started = [], time.perf_counter()
                 for start in range(first, end, config.batch_size):
                     part = range(start, min(start + config.batch_size, end))
-                    if labels is None:
-                        options["batch_size"] = len(part)
-                    else:
-                        options["class_labels"] = labels[part.start : part.stop]
+                    which = {"batch_size": len(part)} if labels is None else {"class_labels": labels[list(part)]}
                     generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in part]
-                    drawn = pipe(**options, generator=generator, output_type="pt").images
+                    drawn = pipe(**options, **which, generator=generator, output_type="pt").images
                     parts.append((drawn * 255).round().to("cpu", torch.uint8))
                     bar.update(len(part))
                 seconds = time.perf_counter() - started
@@ -679,7 +699,7 @@ def _classifier(name: str, reference: ImageDataset, device: torch.device) -> Cal
     classes = len(reference.id2label or {})
     if network.config.num_labels != classes:
         raise ValueError(f"The classifier {name} knows {network.config.num_labels} classes, the dataset {classes}.")
-    prepare = _preprocessing(name, network)
+    prepare, _ = _preprocessing(name, network)
 
     @torch.inference_mode()
     def classify(images: torch.Tensor) -> torch.Tensor:
@@ -715,7 +735,7 @@ def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
 def _check_protocol(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         for key, value in rows[0]["protocol"].items():
-            if row["protocol"][key] != value:
+            if row["protocol"][key] != value and key != "dataset":  # whatever it is called: it has a hash
                 raise ValueError(f"{key} {value!r} and {row['protocol'][key]!r} do not compare")
 
 
@@ -765,7 +785,9 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _title(dataset_name: str) -> str:
-    return Path(dataset_name).expanduser().resolve().name if Path(dataset_name).expanduser().is_dir() else dataset_name
+    """A Hub id or a relative path as it is; of any other path, which is nobody's business, the last part."""
+    path = Path(dataset_name).expanduser()
+    return path.resolve().name if path.is_absolute() or dataset_name.startswith(".") else dataset_name
 
 
 def _default_output_dir(pipeline: str) -> Path:

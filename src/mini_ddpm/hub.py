@@ -359,9 +359,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     with the pipeline and may be edited (`license`, `description`, `limitations`: a text, a text, a list), and where a
     training run left its files from those: most of `training` from `train_config.json` and the last line of
     `train_log.jsonl`, `picture` from `samples.png` or the newest grid in `samples/`. `evaluation` comes from
-    `evaluation.json`: a list of records with `metric`, `value` and, each optional, `name`, `dataset`, `split` and the
-    protocol: `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`, `eta`, `seed`, `dtype`, `note`.
-    Records of `benchmarks/class_accuracy.py` do as they are.
+    `evaluation.json`: what `mini-ddpm evaluate` wrote, or a list of records with `metric`, `value` and, each optional,
+    `name`, `dataset`, `split`, `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`, `eta`, `seed`,
+    `dtype`, `note`.
 
     Raises:
         ValueError: A file is not what it should be.
@@ -372,10 +372,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if (folder / "train_config.json").is_file():
         facts["training"] = facts.get("training", {}) | _training_facts(folder)
     if (folder / "evaluation.json").is_file():
-        facts["evaluation"] = [
-            _evaluation_facts(record, i, folder / "evaluation.json")
-            for i, record in enumerate(_read_json(folder / "evaluation.json", list))
-        ]
+        file = folder / "evaluation.json"
+        facts["evaluation"] = _evaluation_facts(_read_json(file, list), file)
     facts.pop("picture", None)
     if pictures := [*sorted(folder.glob("samples/epoch-*.png")), *folder.glob("samples.png")]:
         facts["picture"] = pictures[-1].relative_to(folder).as_posix()
@@ -429,9 +427,11 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
-    name = str(config["dataset_name"])
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():  # a folder is nobody's business
-        facts["dataset"] = name
+    for key, names in (("dataset", "dataset_name"), ("started_from", "pretrained_model_name_or_path")):
+        name = str(config.get(names))
+        is_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
+        if is_hub or (key == "started_from" and is_bundled(name)):  # a folder is nobody's business
+            facts[key] = name
     log = folder / "train_log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for line in lines[-1:]:
@@ -442,16 +442,50 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _evaluation_facts(record: Any, i: int, file: Path) -> dict[str, Any]:
-    record = dict(record) if isinstance(record, dict) else {}
-    if "accuracy" in record and "metric" not in record:
-        record |= {"metric": "accuracy", "name": "Class accuracy", "value": record["accuracy"]}
-        if "classifier_test_accuracy" in record:
-            accuracy = f"{record['classifier_test_accuracy']:.2%}"
-            record["note"] = f"read by a classifier that is right on {accuracy} of the real test images"
-    if not isinstance(record.get("metric"), str) or not isinstance(record.get("value"), (int, float)):
-        raise ValueError(f"{file}: record {i} needs a `metric` (a text) and a `value` (a number).")
-    return {key: record[key] for key in ("metric", "name", "value", "dataset", "split", *_PROTOCOL) if key in record}
+def _evaluation_facts(rows: list[Any], file: Path) -> list[dict[str, Any]]:
+    """The records to show, of those in an `evaluation.json`: what `evaluate` wrote, or records of one figure each."""
+    records = []
+    for i, row in enumerate(rows):
+        if isinstance(row, dict) and "protocol" in row:
+            records += _figures(row, next((other for other in rows if other.get("images") == "real"), {}))
+        elif (
+            isinstance(row, dict) and isinstance(row.get("metric"), str) and isinstance(row.get("value"), (int, float))
+        ):
+            records.append(row)
+        else:
+            raise ValueError(f"{file}: record {i} needs a `metric` (a text) and a `value` (a number).")
+    keys = ("metric", "name", "value", "dataset", "split", *_PROTOCOL)
+    return [{key: record[key] for key in keys if key in record} for record in records]
+
+
+def _figures(row: dict[str, Any], floor: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record for each figure of a row of `evaluate`'s that belongs on a card, beside that of real images."""
+    if row["images"] == "real":
+        return []
+    protocol = row["protocol"]
+    network = f"{protocol['feature_extractor']} in {protocol['feature_dtype']}"
+    distance = f"against {protocol['reference_images']:,} real ones, {network}; real images: "
+    records = []
+    for key, metric, name, real, reading in (
+        ("fid", "fid", "FID", distance, "{:.2f}"),
+        ("frechet_distance", "frechet_distance", "Fréchet distance", distance, "{:.4g}"),
+        ("class_accuracy", "accuracy", "Class accuracy", "read by a classifier, right on real images: ", "{:.2%}"),
+        (
+            "memorization",
+            "memorization",
+            "Memorization",
+            "nearer to one trained on than it to others; unseen real images: ",
+            "{:.1%}",
+        ),
+    ):
+        if key in row:
+            record = {**row, "metric": metric, "name": name, "value": row[key], "split": protocol["split"]}
+            if "/" in protocol["dataset"]:  # a name on the Hub
+                record["dataset"] = protocol["dataset"]
+            if key in floor:
+                record["note"] = real + reading.format(floor[key])
+            records.append({key: value for key, value in record.items() if key != "eta" or value})
+    return records
 
 
 def render_card(facts: dict[str, Any]) -> str:
@@ -473,7 +507,7 @@ def render_card(facts: dict[str, Any]) -> str:
     evaluation = []
     for record in facts.get("evaluation", []):
         protocol = [text.format(record[key]) for key, text in _PROTOCOL.items() if record.get(key) is not None]
-        is_share = record["metric"] == "accuracy"
+        is_share = record["metric"] in ("accuracy", "memorization")
         value = f"{record['value']:.2%}" if is_share else f"{record['value']:.4g}"
         dataset = record.get("dataset") or data["dataset"]
         name = record.get("name") or record["metric"]

@@ -345,7 +345,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     model.train()
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
         noise, timesteps, class_labels = _noise_batch(
-            config, accelerator, micro_step, images, class_labels, null_label
+            config, accelerator, scheduler.config.num_train_timesteps, micro_step, images, class_labels, null_label
         )
         with accelerator.accumulate(model):
             with accelerator.autocast():
@@ -544,6 +544,7 @@ def _batches(
 def _noise_batch(
     config: TrainConfig,
     accelerator: Accelerator,
+    num_train_timesteps: int,
     micro_step: int,
     images: torch.Tensor,
     class_labels: torch.Tensor | None,
@@ -561,7 +562,7 @@ def _noise_batch(
     noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[mine]
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
-    timesteps = ((strata + offset) % 1 * config.num_train_timesteps).long().clamp(max=config.num_train_timesteps - 1)
+    timesteps = ((strata + offset) % 1 * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
     timesteps = timesteps[mine]
     if null_label is None or class_labels is None:
         return noise, timesteps, None
@@ -687,9 +688,10 @@ def _save_pipeline(
             else:
                 call = {"batch_size": 64}
             generator = torch.Generator("cpu").manual_seed(config.seed)
+            steps = min(25, scheduler.config.num_train_timesteps)
             # A compiled network would be compiled anew for this batch size.
             with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-                images = pipeline(**call, generator=generator, num_inference_steps=25).images
+                images = pipeline(**call, generator=generator, num_inference_steps=steps).images
             grid = sample_grid(images, columns=len(classes) if config.class_conditional else 8)
             grid.save(config.output_dir / "samples" / f"epoch-{epoch:04d}.png")
         with _clear_write_errors(temporary):

@@ -1,0 +1,270 @@
+"""The quality tables: what the recipe's parts are worth, the tutorial's table, the samplers', that of our weights.
+
+    python benchmarks/quality.py ablation     # each part of the recipe changed alone, at a small budget
+    python benchmarks/quality.py tutorial     # the tutorial's training and ours, FID at epochs 10, 50, 100
+    python benchmarks/quality.py samplers     # DDPM, DDIM, DPM-Solver++, UniPC on the weights that ship, by steps
+    python benchmarks/quality.py weights      # train the weights that ship, and measure them
+
+Each writes `benchmarks/results/NAME.json` and `.md`, row by row: cut off, the same command goes on where it was. The
+defaults are for one GPU (minutes to an hour each); `--help` says how to make them smaller, and the tables state what
+was run. Every distance is `mini-ddpm evaluate`'s, with its protocol in every row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from mini_ddpm.evaluation import COLUMNS, EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.training import TrainConfig, train
+
+# One part of the recipe changed at a time; the first row is the recipe.
+ABLATION: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "epsilon": {"prediction_type": "epsilon"},
+    "min-SNR, gamma 5": {"snr_gamma": 5.0},
+    "linear schedule": {"beta_schedule": "linear"},
+    "batch 128": {"train_batch_size": 128},
+    "learning rate 5e-4": {"learning_rate": 5e-4},
+    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "EMA 0.999": {"ema_max_decay": 0.999},
+    "EMA 0.9999": {"ema_max_decay": 0.9999},
+    "dropout 0.1": {"dropout": 0.1},
+    "widths 32, 64": {"block_out_channels": (32, 64)},
+    "widths 96, 128": {"block_out_channels": (96, 128)},
+    "one layer per block": {"layers_per_block": 1},
+    "widths 32, 64, 96, no patches": {"preset": "tutorial-32", "block_out_channels": (32, 64, 96)},
+}
+# The tutorial: a plain U-Net of width 32, noise prediction, batch 128, a constant learning rate of 2e-4.
+TUTORIAL: dict[str, Any] = {
+    "preset": "tutorial-32",
+    "prediction_type": "epsilon",
+    "train_batch_size": 128,
+    "learning_rate": 2e-4,
+    "lr_scheduler": "constant_with_warmup",
+}
+SAMPLERS = {
+    "ddpm": (1000,),
+    "ddim": (1000, 250, 100, 50, 20, 10, 5),
+    "dpmsolver++": (20, 10, 5),
+    "unipc": (20, 10, 5),
+}
+
+
+@dataclass
+class Args:
+    """Make one of the quality tables.
+
+    Attributes:
+        table: Which.
+        dataset_name: Hub id or folder.
+        only: Rows of the ablation to run, by name. None: all.
+        seeds: Seeds of the trainings; with several, a table shows mean and standard deviation.
+        epochs: Epochs of training: of an ablation the first number; of the tutorial's table a column each.
+        num_images: Images per distance.
+        split: Split of the reference images.
+        num_inference_steps: Steps of DDIM, in all tables but that of the samplers.
+        max_steps: Leaves out the samplers' rows of more steps.
+        pipelines: Pipelines of the samplers' table.
+        train_batch_size: Images per step, but for the rows that change it.
+        feature_extractor: inception, or a vision model of transformers.
+        feature_dtype: Precision of the feature network.
+        dtype: Precision of the sampling network.
+        mixed_precision: Precision of training.
+        torch_compile: Compile, in training and in sampling.
+        classifier: Classifier of transformers for class accuracy, see train_classifier.py.
+        runs: Folder of the training runs.
+        results: Folder of the tables.
+    """
+
+    table: tyro.conf.Positional[Literal["ablation", "tutorial", "samplers", "weights"]]
+    dataset_name: str = "ylecun/mnist"
+    only: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    epochs: tuple[float, ...] = (10, 50, 100)
+    num_images: int = 10_000
+    split: str = "test"
+    num_inference_steps: int = 50
+    max_steps: int = 1000
+    pipelines: tuple[str, ...] = ("mnist-class-conditional", "mnist")
+    train_batch_size: int = 64
+    feature_extractor: str = "inception"
+    feature_dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Literal["fp32", "fp16", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "bf16"
+    torch_compile: bool = True
+    classifier: str | None = None
+    runs: Path = Path("runs/quality")
+    results: Path = Path("benchmarks/results")
+
+
+def train_and_measure(args: Args, name: str, images: int, **overrides: Any) -> dict[str, Any]:
+    """Trains a class-conditional network on so many images, unless it was trained before, and measures it unguided."""
+    settings = {"train_batch_size": args.train_batch_size, **overrides}
+    config = TrainConfig(
+        dataset_name=args.dataset_name,
+        output_dir=args.runs / name,
+        class_conditional=True,
+        max_train_steps=round(images / settings["train_batch_size"]),
+        mixed_precision=args.mixed_precision,
+        torch_compile=args.torch_compile,
+        save_images_epochs=0,
+        log_with="none",
+        **settings,
+    )
+    train(config)
+    log = json.loads((config.output_dir / "train_log.jsonl").read_text().splitlines()[-1])
+    measured = measure(args, str(config.output_dir), (args.num_inference_steps,), guidance_scale=1.0)[-1]
+    training = {"images_seen": log["images"], "training_seconds": round(log["seconds"]), "training_loss": log["loss"]}
+    return training | measured
+
+
+def measure(
+    args: Args, pipeline: str, steps: tuple[int, ...], schedulers: tuple[str, ...] = (), **options: Any
+) -> list[dict[str, Any]]:
+    return evaluate(
+        EvaluateConfig(
+            pipeline,
+            args.dataset_name,
+            args.split,
+            num_images=args.num_images,
+            num_inference_steps=steps,
+            schedulers=schedulers,
+            feature_extractor=args.feature_extractor,
+            feature_dtype=args.feature_dtype,
+            classifier=args.classifier,
+            dtype=args.dtype,
+            torch_compile=args.torch_compile and args.num_images * max(steps) >= 20_000,  # else it does not pay
+            **options,
+        )
+    )
+
+
+def ablation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
+    """One row per variant and seed."""
+    if unknown := set(args.only) - set(ABLATION):
+        raise ValueError(f"--only {sorted(unknown)[0]!r}: choose of {', '.join(ABLATION)}.")
+    for variant, overrides in ABLATION.items():
+        for seed in args.seeds:
+            if not args.only or variant in args.only:
+                name = f"ablation/{variant}-{seed}".replace(" ", "-").replace(",", "")
+                row = train_and_measure(args, name, round(args.epochs[0] * images_per_epoch), seed=seed, **overrides)
+                yield {"variant": variant, "training_seed": seed, "epochs": args.epochs[0], **row}
+
+
+def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
+    """One row per training, number of epochs and seed."""
+    trainings = {
+        "tutorial, linear, T = 1000": {**TUTORIAL, "beta_schedule": "linear"},
+        "tutorial, cosine, T = 1000": TUTORIAL,
+        "tutorial, linear, T = 800": {**TUTORIAL, "beta_schedule": "linear", "num_train_timesteps": 800},
+        "tutorial, cosine, T = 800": {**TUTORIAL, "num_train_timesteps": 800},
+        "ours": {},
+    }
+    for variant, overrides in trainings.items():
+        for seed in args.seeds:
+            for epochs in sorted(args.epochs):
+                # A constant learning rate lets one run go on to the next column; ours decays, and starts anew.
+                name = f"tutorial/{variant}-{seed}".replace(" ", "").replace(",", "-")
+                name += f"-{epochs:g}" if variant == "ours" else ""
+                row = train_and_measure(args, name, round(epochs * images_per_epoch), seed=seed, **overrides)
+                yield {"variant": variant, "training_seed": seed, "epochs": epochs, **row}
+
+
+def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
+    """One row per pipeline, scheduler and number of steps; guidance 1 where there is any."""
+    for pipeline in args.pipelines:
+        folder = args.runs / "samplers" / Path(pipeline).name
+        options = {"guidance_scale": 1.0} if "conditional" in pipeline else {}
+        done: list[dict[str, Any]] = []
+        for scheduler, counts in SAMPLERS.items():
+            steps = tuple(count for count in counts if count <= args.max_steps)
+            if steps:
+                done = measure(args, pipeline, steps, (scheduler,), output_dir=folder, **options)
+        yield from ({"variant": Path(pipeline).name, **row} for row in done)
+
+
+def weights(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
+    """Trains the two pipelines that ship, the second from the first, and measures both against the reference."""
+    shared: dict[str, Any] = {"mixed_precision": args.mixed_precision, "torch_compile": args.torch_compile}
+    shared |= {"dataset_name": args.dataset_name, "train_batch_size": args.train_batch_size}
+    conditional = args.runs / "mnist-class-conditional"
+    epochs = max(1, round(args.epochs[-1]))
+    train(TrainConfig(output_dir=conditional, class_conditional=True, num_epochs=epochs, **shared))
+    train(
+        TrainConfig(
+            output_dir=args.runs / "mnist",
+            pretrained_model_name_or_path=str(conditional),
+            num_epochs=max(1, round(epochs / 4)),
+            learning_rate=5e-4,
+            **shared,
+        )
+    )
+    for name, options in (("mnist-class-conditional", {"guidance_scale": 1.0}), ("mnist", {})):
+        for row in measure(args, str(args.runs / name), (args.num_inference_steps, 20, 10), **options):
+            yield {"variant": name, **row}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, by what was varied in front of the evaluation's own table."""
+    training = "training_seconds" in rows[-1]
+    if not training:
+        parts = []
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            parts.append(f"`{variant}`\n\n" + markdown_table([row for row in rows if row["variant"] == variant]))
+        return "\n".join(parts)
+    distance = "fid" if "fid" in rows[-1] else "frechet_distance"
+    lines = [f"| | Epochs | Images seen | {COLUMNS[distance][0]} | Recall | Minutes | Seeds |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["epochs"]), []).append(row)
+    for (variant, epochs), group in groups.items():
+
+        def mean(key: str, digits: int, group: list[dict[str, Any]] = group) -> str:
+            values = torch.tensor([row[key] for row in group], dtype=torch.float64)
+            spread = f" ± {values.std():.{digits}f}" if len(group) > 1 else ""
+            return f"{values.mean():.{digits}f}{spread}"
+
+        minutes = sum(row["training_seconds"] for row in group) / len(group) / 60
+        lines.append(
+            f"| {variant} | {epochs:g} | {group[0]['images_seen']:,} | {mean(distance, 2)} | {mean('recall', 3)} | "
+            f"{minutes:.1f} | {len(group)} |"
+        )
+    protocol = markdown_table(rows[-1:]).split("\n\n")[-1]
+    first = rows[-1]
+    return "\n".join(lines) + f"\n\n{first['num_inference_steps']} steps of {first['scheduler']}. {protocol}"
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Makes the table, row by row."""
+    from mini_ddpm.data import image_dataset
+
+    images_per_epoch = len(image_dataset(args.dataset_name))
+    file = args.results / f"{args.table}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for row in globals()[args.table](args, images_per_epoch):
+        rows.append({key: value for key, value in row.items() if key != "weights"})
+        for path, text in ((file, json.dumps(rows, indent=2) + "\n"), (file.with_suffix(".md"), table(rows))):
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        print(json.dumps({key: row[key] for key in ("variant", "epochs", "fid") if key in row}), flush=True)
+    print(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

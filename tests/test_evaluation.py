@@ -1,0 +1,824 @@
+"""Measuring pipelines: figures known beforehand, runs that go on where they were cut off, tables that compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+import mini_ddpm_cli
+from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, evaluation, load_pipeline
+from mini_ddpm.data import image_dataset
+from mini_ddpm.evaluation import (
+    EvaluateConfig,
+    FeatureExtractor,
+    evaluate,
+    extract_features,
+    fetch_inception,
+    frechet_distance,
+    inception_extractor,
+    kernel_distance,
+    markdown_table,
+    memorization,
+    nearest,
+    pixel_radii,
+    precision_recall_density_coverage,
+    transformers_extractor,
+)
+
+CLASSES = {"bag": 12, "boot": 8, "coat": 4}  # how many of the 24 reference images are of each class
+FILES = ["evaluation.json", "evaluation.md", "evaluation.png"]
+
+
+def gaussian(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_images(count: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+# ---- Distances ------------------------------------------------------------------------------------------------------
+
+
+def whitened(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Points whose mean is zero and whose covariance is the identity, to the last digits."""
+    points = gaussian(count, size, seed).numpy()
+    points = points - points.mean(axis=0)
+    return points @ np.linalg.inv(np.linalg.cholesky(np.cov(points.T))).T
+
+
+def square_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    first, second = (rng.normal(size=(6, 6)) for _ in range(2))
+    shift = rng.normal(size=6)
+    real = whitened(300, 6, seed=1) @ first.T + 3
+    generated = whitened(200, 6, seed=2) @ second.T + 3 + shift
+    root = square_root(first @ first.T)  # tr (Σ_r Σ_g)^½ = tr (Σ_r^½ Σ_g Σ_r^½)^½
+    cross = square_root(root @ second @ second.T @ root)
+    expected = shift @ shift + np.trace(first @ first.T + second @ second.T - 2 * cross)
+    assert frechet_distance(torch.tensor(real), torch.tensor(generated)) == pytest.approx(expected, rel=1e-9)
+
+    # Where covariances commute each direction counts by itself: (μ - μ')² + (σ - σ')².
+    scales, others = np.array([1.0, 2.0, 5.0]), np.array([1.0, 3.0, 0.5])
+    real, generated = whitened(100, 3) * scales, whitened(80, 3, seed=1) * others + 2
+    expected = 3 * 2**2 + ((scales - others) ** 2).sum()
+    assert frechet_distance(torch.tensor(real), torch.tensor(generated)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_is_symmetric_and_of_sets():
+    real, generated = gaussian(60, 5), gaussian(90, 5, seed=1) * 1.5 + 0.2
+    distance = frechet_distance(real, generated)
+    assert 0 <= frechet_distance(real, real.flip(0)) < 1e-9
+    assert frechet_distance(real.flip(0), generated.roll(7, 0)) == pytest.approx(distance, rel=1e-9)
+    assert frechet_distance(generated, real) == pytest.approx(distance, rel=1e-9)
+    # Single precision goes in, double precision is computed with: 1e4 ± 1 squared has no digits left in float32.
+    far = frechet_distance((real + 1e4).float(), (generated + 1e4).float())
+    assert far == pytest.approx(distance, rel=2e-3)
+
+
+def test_frechet_distance_is_biased_by_the_number_of_images():
+    real = gaussian(4000, 8)
+    means = [
+        np.mean([frechet_distance(real, gaussian(count, 8, seed)) for seed in range(1, 9)]) for count in (50, 100, 200)
+    ]
+    assert means[0] / means[1] == pytest.approx(2, rel=0.25)
+    assert means[1] / means[2] == pytest.approx(2, rel=0.25)
+
+
+def test_kernel_distance_is_the_unbiased_mmd():
+    real, generated = gaussian(30, 4).tolist(), (gaussian(30, 4, seed=1) + 0.5).tolist()
+
+    def kernel(x, y):
+        return (sum(a * b for a, b in zip(x, y, strict=True)) / 4 + 1) ** 3
+
+    within = sum(
+        kernel(points[i], points[j]) for points in (real, generated) for i in range(30) for j in range(30) if i != j
+    )
+    across = sum(kernel(x, y) for x in real for y in generated)
+    expected = within / (30 * 29) - 2 * across / 30**2
+    mean, std = kernel_distance(torch.tensor(real), torch.tensor(generated))
+    assert mean == pytest.approx(expected, rel=1e-4)  # each of the 100 subsets is all of the images
+    assert std == pytest.approx(0, abs=1e-4)
+
+
+def test_kernel_distance_is_about_zero_for_one_distribution():
+    distances = [kernel_distance(gaussian(25, 4, seed), gaussian(25, 4, 100 + seed))[0] for seed in range(40)]
+    error = np.std(distances) / math.sqrt(len(distances))
+    assert abs(np.mean(distances)) < 3 * error
+    assert min(distances) < 0 < max(distances)
+    # With the diagonal in it would be off by far more: 2/n · (E k(x, x) - E k(x, y)).
+    x, y = gaussian(10_000, 4), gaussian(10_000, 4, seed=1)
+    bias = 2 / 25 * float((((x * x).sum(1) / 4 + 1) ** 3 - ((x * y).sum(1) / 4 + 1) ** 3).mean())
+    assert bias > 6 * error
+
+
+def test_kernel_distance_draws_its_subsets_from_the_seed_alone(monkeypatch):
+    monkeypatch.setattr(evaluation, "KID_SUBSET_SIZE", 10)
+    real, generated = gaussian(40, 3), gaussian(50, 3, seed=1) + 1
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    first = kernel_distance(real, generated, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert kernel_distance(real, generated, seed=5) == first
+    other = kernel_distance(real, generated, seed=6)
+    assert other != first and first[1] > 0
+    assert other[0] == pytest.approx(first[0], abs=6 * first[1] / math.sqrt(evaluation.KID_SUBSETS))
+
+
+# ---- Neighbours -----------------------------------------------------------------------------------------------------
+
+
+def distances(points: torch.Tensor, others: torch.Tensor) -> np.ndarray:
+    """All of them, without the shortcut |x|² + |y|² - 2xy."""
+    return np.array([np.sqrt(((others.double() - point.double()) ** 2).sum(dim=1).numpy()) for point in points])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_nearest_is_that_of_a_loop(k):
+    points, others = gaussian(1003, 3).float(), gaussian(50, 3, seed=1).float()  # more than it takes at once
+    found, indices = nearest(points, others, k)
+    table = distances(points, others)
+    assert np.array_equal(indices, table.argsort(axis=1)[:, k - 1])
+    assert np.allclose(found, np.sort(table, axis=1)[:, k - 1], atol=1e-3)
+
+    found, indices = nearest(points, points, k, without_self=True)
+    table = distances(points, points)
+    np.fill_diagonal(table, np.inf)
+    assert np.array_equal(indices, table.argsort(axis=1)[:, k - 1])
+    assert np.allclose(found, np.sort(table, axis=1)[:, k - 1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("count", "other_count", "k"), [(60, 50, 3), (60, 1101, 5)])
+def test_precision_recall_density_coverage_are_those_of_a_loop(count, other_count, k):
+    real, generated = gaussian(count, 2).float(), gaussian(other_count, 2, seed=1).float() * 0.5 + 0.5
+
+    def radii(points):
+        return np.sort(distances(points, points), axis=1)[:, k]  # the first is the point itself
+
+    table, real_radii, generated_radii = distances(generated, real), radii(real), radii(generated)
+    precise = dense = recalled = covered = 0
+    for j in range(other_count):
+        balls = sum(table[j, i] < real_radii[i] for i in range(count))
+        precise, dense = precise + (balls > 0), dense + balls
+    for i in range(count):
+        recalled += any(table[j, i] < generated_radii[j] for j in range(other_count))
+        covered += any(table[j, i] < real_radii[i] for j in range(other_count))
+    assert precision_recall_density_coverage(real, generated, k) == pytest.approx(
+        {
+            "precision": precise / other_count,
+            "recall": recalled / count,
+            "density": dense / (k * other_count),
+            "coverage": covered / count,
+        }
+    )
+    assert 0 < precise < other_count and 0 < recalled < count and 0 < covered < count
+
+
+def test_one_distribution_has_the_expected_density_and_coverage():
+    """Real and generated points are exchangeable then, so both follow from counting (2002.09797, section 3.3)."""
+    count, k = 1500, 5
+    figures = precision_recall_density_coverage(gaussian(count, 3).float(), gaussian(count, 3, seed=1).float(), k)
+    assert figures["precision"] > 0.95 and figures["recall"] > 0.95
+    assert figures["density"] == pytest.approx(1, abs=0.05)
+    # A ball is empty if the k points nearest to its centre, out of both sets, are all real.
+    empty = math.prod((count - 1 - i) / (2 * count - 1 - i) for i in range(k))
+    assert figures["coverage"] == pytest.approx(1 - empty, abs=0.02)
+
+
+def test_collapsed_and_far_points():
+    modes = torch.arange(10).repeat_interleave(50)
+    real = gaussian(500, 2).float()
+    real[:, 0] += 100 * modes
+    one_mode = precision_recall_density_coverage(real, gaussian(500, 2, seed=1).float())
+    assert one_mode["precision"] > 0.9 and one_mode["density"] > 0.8
+    assert one_mode["recall"] < 0.11 and 0.08 < one_mode["coverage"] < 0.11
+    one_point = precision_recall_density_coverage(real, real[:1].repeat(20, 1))
+    assert one_point["precision"] == 1 and one_point["recall"] <= 0.02 and one_point["coverage"] < 0.05
+    far = precision_recall_density_coverage(real, gaussian(100, 2, seed=1).float() + 5000)
+    assert far == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+
+
+def test_memorization_of_copies_and_of_what_is_far_off():
+    train = random_images(60, 1, 6, 6)
+    radii = pixel_radii(train)
+    table = distances(train.flatten(1), train.flatten(1))
+    np.fill_diagonal(table, np.inf)
+    assert np.allclose(radii, table.min(axis=1), rtol=1e-4)
+    assert memorization(train[20:50], train, radii) == 1
+    nearly = train[:20].float().add(gaussian(20, 36).view(20, 1, 6, 6) * 2).clamp(0, 255).round().to(torch.uint8)
+    assert memorization(torch.cat([nearly, nearly, 255 * (train[:10] > 127)]), train, radii) >= 0.8
+    # From the corner of the cube each is further than the training images, in its midst, are from another.
+    assert memorization(torch.zeros(30, 1, 6, 6, dtype=torch.uint8), train, radii) == 0
+
+
+@pytest.mark.parametrize(("pixels", "union"), [(2, 4 / 3 + math.sqrt(3) / 2 / math.pi), (3, 27 / 16)])
+def test_memorization_of_unseen_images_is_the_chance_of_mutual_neighbours(pixels, union):
+    """An image and the training image nearest to it are each other's nearest: a ball empty, out of two that overlap.
+
+    For uniform points its chance is the volume of a ball over that of the union of two, each with its centre on the
+    other's surface; 1/2 where there are so many dimensions that they hardly overlap.
+    """
+    shares = []
+    for seed in range(8):
+        train = random_images(150 if pixels == 2 else 1500, 1, 1, pixels, seed=seed)
+        fresh = random_images(1000, 1, 1, pixels, seed=100 + seed) // 2 + 64  # away from the border
+        shares.append(memorization(fresh, train, pixel_radii(train)))
+    assert np.mean(shares) == pytest.approx(1 / union, abs=0.03)
+
+
+# ---- Feature networks -----------------------------------------------------------------------------------------------
+
+
+def tiny_resnet(folder: Path, seed: int = 0, cls: type = ResNetModel, **config) -> ResNetModel:
+    """A network of 16 features for grey images, saved to a folder without an image processor."""
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **config
+    )
+    network = cls(config).eval()
+    network.save_pretrained(folder)
+    return network
+
+
+def vit_config() -> ViTConfig:
+    return ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+
+
+def test_network_without_a_processor(tmp_path):
+    network = tiny_resnet(tmp_path / "network")
+    extractor = transformers_extractor(str(tmp_path / "network"))
+    images = random_images(7, 1, 8, 8)
+    with torch.no_grad():
+        features = extractor.run(images)
+        expected = network(images / 127.5 - 1).pooler_output[:, :, 0, 0]
+        assert torch.allclose(features, expected, atol=1e-6)
+        assert torch.allclose(torch.cat([extractor.run(images[:3]), extractor.run(images[3:])]), features, atol=1e-6)
+    assert (features.shape, features.dtype) == ((7, 16), torch.float32)
+    assert features.std(dim=0).max() > 0.1 and extractor.name == "network"
+
+    tiny_resnet(tmp_path / "same")
+    tiny_resnet(tmp_path / "other", seed=1)
+    assert transformers_extractor(str(tmp_path / "same")).key == extractor.key
+    assert transformers_extractor(str(tmp_path / "other")).key != extractor.key
+    half = transformers_extractor(str(tmp_path / "network"), feature_dtype="bf16")
+    assert half.key != extractor.key
+    with torch.no_grad():
+        rounded = half.run(images)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - features).abs().max() < 0.1 * features.abs().max()
+
+
+def test_network_with_a_processor(tmp_path):
+    torch.manual_seed(0)
+    network = ViTModel(vit_config()).eval()
+    network.save_pretrained(tmp_path)
+    processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.3] * 3, "image_std": [0.2] * 3}
+    ViTImageProcessor(**processor, do_resize=False).save_pretrained(tmp_path)
+    extractor = transformers_extractor(str(tmp_path))
+    images = random_images(5, 1, 16, 16)
+    with torch.no_grad():
+        features = extractor.run(images)
+        expected = network(((images / 255 - 0.3) / 0.2).expand(-1, 3, -1, -1)).pooler_output
+        assert torch.allclose(features, expected, atol=1e-5) and features.shape == (5, 16)
+        assert torch.equal(extractor.run(images.expand(-1, 3, -1, -1)), features)  # grey is colour without a tint
+    # What the same weights give depends on their processor, so does what may be taken out of the cache.
+    ViTImageProcessor(**processor).save_pretrained(tmp_path)
+    resizing = transformers_extractor(str(tmp_path))
+    assert resizing.key != extractor.key
+    with torch.no_grad():
+        assert resizing.run(random_images(2, 1, 8, 8)).shape == (2, 16)
+
+
+def test_networks_that_give_no_features(tmp_path):
+    ViTForImageClassification(vit_config()).save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match="headless has no weights for pooler"):
+        transformers_extractor(str(tmp_path / "headless"))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="text is no vision model: it takes input_ids"):
+        transformers_extractor(str(tmp_path / "text"))
+
+
+def test_features_are_computed_once_and_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path))
+    sizes = []
+
+    def run(images):
+        sizes.append(len(images))
+        return images.flatten(1).float()
+
+    images = random_images(25, 1, 2, 2)
+    monkeypatch.setattr(evaluation, "SHARD", 10)
+    extractor = FeatureExtractor("pixels", "key", run)
+    assert torch.equal(extract_features(images, extractor, "", batch_size=4), images.flatten(1).float())
+    assert sizes == [4, 4, 2, 4, 4, 2, 4, 1]
+    assert torch.equal(extract_features(images, extractor, ""), images.flatten(1).float()) and len(sizes) == 8
+    extract_features(images, FeatureExtractor("pixels", "other", run), "")
+    assert sizes[8:] == [10, 10, 5]
+    images[13] ^= 1
+    extract_features(images, extractor, "")
+    assert sizes[11:] == [10]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # there is no other form of that network
+def test_inception_is_the_network_of_the_file(monkeypatch):
+    """The folded graph against the file as it is, on images that are prepared by other code."""
+    monkeypatch.undo()  # fetched once, into the user's own cache
+    try:
+        file = fetch_inception()
+    except OSError as error:
+        pytest.skip(str(error))
+    images = random_images(4, 3, 20, 28)
+
+    def weights(size):  # bilinear interpolation by the centres of pixels, (299, size)
+        where = ((torch.arange(299, dtype=torch.float64) + 0.5) * size / 299 - 0.5).clamp(0, size - 1)
+        return (1 - (where[:, None] - torch.arange(size)).abs()).clamp(min=0)
+
+    prepared = (weights(20) @ images.double() @ weights(28).T - 127.5) / 127.5
+    extractor = inception_extractor()
+    with torch.no_grad():
+        expected = torch.jit.load(file).eval()(prepared.float())
+        features = extractor.run(images)
+        assert features.shape == (4, 2048)
+        assert (features - expected).abs().max() < 1e-4 and features.std(dim=0).max() > 0.1
+        grey = images[:, :1]
+        assert torch.allclose(extractor.run(grey), extractor.run(grey.repeat(1, 3, 1, 1)), atol=1e-6)
+        half = inception_extractor(feature_dtype="bf16").run(images)
+    assert 0 < (half - features).abs().max() < 0.2
+
+
+# ---- A whole run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_unet, tmp_path_factory):
+    """Folders of pipelines, networks and images, all tiny."""
+    root = tmp_path_factory.mktemp("parts")
+    rng = np.random.default_rng(0)
+    for split, times in (("test", 1), ("train", 2)):
+        for index, (name, count) in enumerate(CLASSES.items()):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(count * times):
+                pixels = rng.normal(60 + 60 * index, 40, (8, 8)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / "images" / split / name / f"{i}.png")
+    scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
+    labelled, names = tiny_unet(num_class_embeds=len(CLASSES) + 1), dict(enumerate(CLASSES))
+    with torch.no_grad():
+        labelled.class_embedding.weight.mul_(30)  # so that the classes are told apart at a glance
+    MiniDDPMClassConditionalPipeline(labelled, scheduler, id2label=names).save_pretrained(root / "conditional")
+    with torch.no_grad():
+        labelled.conv_out.weight.mul_(1.5)
+    MiniDDPMClassConditionalPipeline(labelled, scheduler, id2label=names).save_pretrained(root / "retrained")
+    MiniDDPMPipeline(tiny_unet(num_class_embeds=None), scheduler).save_pretrained(root / "plain")
+    tiny_resnet(root / "features")
+    tiny_resnet(root / "classifier", cls=ResNetForImageClassification, num_labels=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_caches(caches, monkeypatch):
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(caches / "shared"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
+
+
+def config(parts: Path, output_dir: Path, pipeline: str = "conditional", **changes) -> EvaluateConfig:
+    settings = {"num_inference_steps": (3, 4), "schedulers": ("ddim", "dpmsolver++"), "num_images": 24}
+    settings |= {"feature_extractor": str(parts / "features"), "classifier": str(parts / "classifier")}
+    settings |= {"dataset_name": str(parts / "images"), "device": "cpu", "output_dir": output_dir}
+    return EvaluateConfig(str(parts / pipeline), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def measured(parts, caches, tmp_path_factory):
+    """Two numbers of steps with two schedulers; its cache is kept apart from that of the tests."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINI_DDPM_CACHE", str(caches / "measured"))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", caches / "datasets")
+        rows = evaluate(config(parts, folder))
+    return SimpleNamespace(folder=folder, rows=rows, cache=caches / "measured")
+
+
+@pytest.fixture
+def again(measured, tmp_path, monkeypatch):
+    """A copy of that run's results, with its cache in use."""
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(measured.cache))
+    return shutil.copytree(measured.folder, tmp_path / "again")
+
+
+def samples(cache: Path) -> dict[str, np.ndarray]:
+    """The drawn images in a cache, by the names of their files."""
+    found = {}
+    for file in sorted((cache / "samples").rglob("*.npz")):
+        with np.load(file) as arrays:
+            found[file.name] = arrays["images"].astype(int)
+    return found
+
+
+def draw(folder: Path, count: int, **options) -> np.ndarray:
+    """Images of the seeds 0, 1, ... as bytes (B, C, H, W), by the pipeline itself."""
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    images = pipe(**options, generator=generator, output_type="np").images
+    return (images * 255).round().astype(int).transpose(0, 3, 1, 2)
+
+
+def same_settings(rows: list[dict]) -> list[tuple]:
+    return [(row.get("scheduler", "real"), row.get("num_inference_steps"), row.get("guidance_scale")) for row in rows]
+
+
+def test_rows_and_files(parts, measured):
+    rows = measured.rows
+    dpm, ddim = "DPMSolverMultistepScheduler", "MiniDDIMScheduler"
+    expected = [("real", None, None), (dpm, 4, 1.5), (dpm, 3, 1.5), (ddim, 4, 1.5), (ddim, 3, 1.5)]
+    assert same_settings(rows) == expected  # the floor first; the guidance is what the pipeline takes by itself
+    reference, _ = image_dataset(parts / "images", "test").stack(progress=False)
+    for row in rows:
+        assert row["protocol"] == {
+            "feature_extractor": "features",
+            "feature_dtype": "fp32",
+            "feature_hash": transformers_extractor(str(parts / "features")).key[:16],
+            "dataset": "images",
+            "split": "test",
+            "reference_images": len(reference),
+            "reference_hash": rows[0]["protocol"]["reference_hash"],
+            "num_images": 24,
+            "seed": 0,
+        }
+        assert row["num_images"] == 24 and row["frechet_distance"] > 0 and "fid" not in row
+        assert 0 <= row["memorization"] <= 1 and 0 <= row["class_accuracy"] <= 1
+    assert rows[0]["images"] == "real" and rows[0]["drawn_from"] == "train"
+    assert [row["unet_evaluations"] for row in rows[1:]] == [8, 6, 8, 6]  # guidance asks the network twice
+    assert len({row["weights"] for row in rows[1:]}) == 1 and all(row["seconds_per_image"] > 0 for row in rows[1:])
+    assert len({row["frechet_distance"] for row in rows}) == 5
+
+    assert sorted(os.listdir(measured.folder)) == FILES
+    assert json.loads((measured.folder / "evaluation.json").read_text()) == rows
+    with Image.open(measured.folder / "evaluation.png") as picture:
+        picture.load()
+        assert picture.size == (1200, 480)
+    table = (measured.folder / "evaluation.md").read_text()
+    assert table == markdown_table(rows)
+    lines = table.splitlines()
+    assert lines[0].startswith("| Images | Fréchet distance |") and len({line.count("|") for line in lines[:7]}) == 1
+    assert lines[2].startswith(f"| real, 24 of train (the floor) | {rows[0]['frechet_distance']:.4g} |")
+    for line, row in zip(lines[3:7], rows[1:], strict=True):
+        assert line.startswith(f"| {row['scheduler']}, {row['num_inference_steps']} steps, guidance 1.5 | ")
+        cells = [cell.strip() for cell in line.split("|")]
+        for name, text in (("precision", "{:.3f}"), ("class_accuracy", "{:.2%}"), ("unet_evaluations", "{}")):
+            assert text.format(row[name]) in cells
+    assert "24 images (seeds from 0) against the 24 of images test; features of features in fp32" in lines[-1]
+
+
+def test_figures_are_those_of_the_drawn_images(parts, measured):
+    """By the pipeline, the networks and loops over the images, past everything in between."""
+    by_class = np.stack(
+        [
+            draw(parts / "conditional", 24, class_labels=[label] * 24, num_inference_steps=3, guidance_scale=1.5)
+            for label in range(3)
+        ]
+    )
+    row = next(row for row in measured.rows[1:] if same_settings([row]) == [("MiniDDIMScheduler", 3, 1.5)])
+
+    # Image i is that of seed i and of some class; which, the images themselves tell. One file holds those of this row.
+    found = []
+    for images in samples(measured.cache).values():
+        deviations = np.abs(by_class - images).max(axis=(2, 3, 4))  # (3, 24)
+        if deviations.min(axis=0).max() <= 1:
+            found.append((torch.tensor(images, dtype=torch.uint8), deviations.argmin(axis=0)))
+    ((drawn, labels),) = found
+    assert np.sort(np.abs(by_class - drawn.numpy()).max(axis=(2, 3, 4)), axis=0)[1].min() > 10  # no two classes alike
+    assert np.bincount(labels).tolist() == list(CLASSES.values())  # as in the reference
+    assert (labels != np.sort(labels)).any()
+
+    reference, _ = image_dataset(parts / "images", "test").stack(progress=False)
+    train, _ = image_dataset(parts / "images", "train").stack(progress=False)
+    network = ResNetModel.from_pretrained(parts / "features").eval()
+    classifier = ResNetForImageClassification.from_pretrained(parts / "classifier").eval()
+    with torch.no_grad():
+        real, generated = (
+            network(images / 127.5 - 1).pooler_output.flatten(1).double() for images in (reference, drawn)
+        )
+        read = classifier(drawn / 127.5 - 1).logits.argmax(dim=1).numpy()
+    assert len(set(read)) > 1
+    assert row["class_accuracy"] == pytest.approx((read == labels).mean(), abs=1e-6)
+
+    covariances = np.cov(real.T), np.cov(generated.T)
+    root = square_root(covariances[0])
+    expected = float((real.mean(0) - generated.mean(0)).square().sum())
+    expected += np.trace(covariances[0] + covariances[1] - 2 * square_root(root @ covariances[1] @ root))
+    assert row["frechet_distance"] == pytest.approx(expected, rel=1e-3)
+    kernels = [((a @ b.T) / 16 + 1) ** 3 for a, b in ((real, real), (generated, generated), (real, generated))]
+    expected = sum((k.sum() - k.trace()) / (24 * 23) for k in kernels[:2]) - 2 * kernels[2].mean()
+    assert row["kid"] == pytest.approx(1000 * float(expected), abs=0.05)
+    figures = precision_recall_density_coverage(real.float(), generated.float())
+    assert {name: row[name] for name in figures} == pytest.approx(figures, abs=1e-5)
+
+    to_train, within = distances(drawn.flatten(1), train.flatten(1)), distances(train.flatten(1), train.flatten(1))
+    np.fill_diagonal(within, np.inf)
+    copies = to_train.min(axis=1) < within.min(axis=1)[to_train.argmin(axis=1)]
+    assert row["memorization"] == pytest.approx(copies.mean(), abs=1e-4)
+
+
+def test_floor_of_a_split_against_itself_is_zero(parts, tmp_path):
+    rows = evaluate(config(parts, tmp_path, "plain", other_split="test", schedulers=(), num_inference_steps=(1,)))
+    floor = rows[0]
+    assert floor["drawn_from"] == "test" and floor["frechet_distance"] < 1e-6
+    assert floor["precision"] == floor["recall"] == floor["coverage"] == 1
+    assert floor["kid"] < 0  # unbiased, so less than nothing for images that are the same
+
+
+def test_floor_of_sorted_folders_is_of_all_classes(parts, tmp_path):
+    """The first images of such a folder are those of the first class."""
+    rows = evaluate(config(parts, tmp_path, "plain", schedulers=(), num_inference_steps=(1,), num_images=12))
+    test, _ = image_dataset(parts / "images", "test").stack(progress=False)
+    train, labels = image_dataset(parts / "images", "train").stack(progress=False)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))[:12]
+    assert len(set(labels[order].tolist())) == 3
+    classifier = ResNetForImageClassification.from_pretrained(parts / "classifier").eval()
+    with torch.no_grad():
+        right = classifier(train[order] / 127.5 - 1).logits.argmax(dim=1) == labels[order]
+    assert rows[0]["class_accuracy"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:12]
+    assert rows[0]["memorization"] == pytest.approx(memorization(test[order], train, pixel_radii(train)), abs=1e-4)
+
+
+def test_more_images_than_the_reference_has(parts, tmp_path, monkeypatch):
+    """Each class as often as in the reference, twice; and in parts."""
+    monkeypatch.setattr(evaluation, "SHARD", 20)
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "cache"))
+    options = {"num_inference_steps": (2,), "schedulers": ("ddim",), "guidance_scale": 1, "batch_size": 7}
+    rows = evaluate(config(parts, tmp_path / "out", num_images=48, **options))
+    by_class = np.stack(
+        [
+            draw(parts / "conditional", 48, class_labels=[label] * 48, num_inference_steps=2, guidance_scale=1)
+            for label in range(3)
+        ]
+    )
+    counts = np.zeros(3, dtype=int)
+    firsts = []
+    for images in samples(tmp_path / "cache").values():
+        starts = [first for first in (0, 20, 40) if first + len(images) <= 48]
+        deviations = [np.abs(by_class[:, i : i + len(images)] - images).max(axis=(2, 3, 4)) for i in starts]
+        (fits,) = [i for i, deviation in enumerate(deviations) if deviation.min(axis=0).max() <= 1]
+        counts += np.bincount(deviations[fits].argmin(axis=0), minlength=3)
+        firsts.append(starts[fits])
+    assert sorted(firsts) == [0, 20, 40]
+    assert counts.tolist() == [2 * count for count in CLASSES.values()]
+    assert rows[1]["num_images"] == 48 and rows[1]["unet_evaluations"] == 2
+
+
+def test_pipeline_without_classes(parts, tmp_path, monkeypatch, capsys):
+    """By the command, into the pipeline's own folder."""
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(parts / "plain", tmp_path / "plain")
+    arguments = ["evaluate", str(folder), "--dataset-name", str(parts / "images"), "--num-images", "24"]
+    arguments += ["--steps", "3", "--feature-extractor", str(parts / "features"), "--device", "cpu", "--eta", "0.5"]
+    arguments += ["--classifier", str(parts / "classifier")]
+    assert mini_ddpm_cli.main(arguments) == 0
+    assert capsys.readouterr().out == (folder / "evaluation.md").read_text()
+    floor, row = json.loads((folder / "evaluation.json").read_text())
+    assert "guidance_scale" not in row and row["unet_evaluations"] == 3 and row["eta"] == 0.5
+    assert "class_accuracy" in floor and "class_accuracy" not in row
+    (drawn,) = samples(tmp_path / "cache").values()
+    expected = draw(parts / "plain", 24, batch_size=24, num_inference_steps=3, eta=0.5)
+    assert np.abs(drawn - expected).max() <= 1
+
+
+def test_batch_size_does_not_change_an_image(parts, tmp_path, monkeypatch):
+    drawn = []
+    for batch_size in (24, 7):
+        monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / str(batch_size)))
+        options = {"num_inference_steps": (3,), "schedulers": ("ddpm",), "batch_size": batch_size}
+        evaluate(config(parts, tmp_path / f"out-{batch_size}", **options))
+        drawn.append(samples(tmp_path / str(batch_size)))
+    ((name, whole),) = drawn[0].items()
+    assert drawn[1].keys() == {name}
+    # one grey level: a convolution over another batch size may round otherwise
+    assert np.abs(whole - drawn[1][name]).max() <= 1
+    assert np.abs(whole[1:] - whole[:-1]).max(axis=(1, 2, 3)).min() > 10
+
+
+# ---- Results that are there already ---------------------------------------------------------------------------------
+
+
+def test_same_command_again_draws_nothing(parts, measured, again):
+    times = {file: file.stat().st_mtime_ns for file in measured.cache.rglob("*.npz")}
+    assert evaluate(config(parts, again)) == measured.rows  # the seconds too: they are those of the drawing
+    assert {file: file.stat().st_mtime_ns for file in measured.cache.rglob("*.npz")} == times
+
+
+def test_other_samplers_join_the_table(parts, measured, again):
+    rows = evaluate(config(parts, again, num_inference_steps=(5,), schedulers=("ddim",)))
+    rows = evaluate(config(parts, again, num_inference_steps=(3,), schedulers=("ddim",), guidance_scale=1.0))
+    assert [row for row in rows if row in measured.rows] == measured.rows
+    added = [row for row in rows if row not in measured.rows]
+    assert same_settings(added) == [("MiniDDIMScheduler", 5, 1.5), ("MiniDDIMScheduler", 3, 1.0)]
+    assert [row["unet_evaluations"] for row in added] == [10, 3]  # half without guidance
+    assert same_settings(rows)[3] == ("MiniDDIMScheduler", 5, 1.5)  # in its place
+    assert json.loads((again / "evaluation.json").read_text()) == rows
+    assert (again / "evaluation.md").read_text() == markdown_table(rows)
+    (plain,) = (row for row in rows if row.get("guidance_scale") == 1)
+    guided = next(row for row in rows if same_settings([row]) == [("MiniDDIMScheduler", 3, 1.5)])
+    assert plain["frechet_distance"] != guided["frechet_distance"]
+
+
+def test_results_of_another_protocol_are_left_alone(parts, again, tmp_path):
+    before = {name: (again / name).read_bytes() for name in FILES}
+    tiny_resnet(tmp_path / "features", seed=1)  # another network that is called the same
+    other_images = shutil.copytree(parts / "images", tmp_path / "images")
+    Image.new("L", (8, 8)).save(other_images / "test" / "bag" / "0.png")
+    for changes, field in (
+        ({"num_images": 20}, "num_images 24 and 20"),
+        ({"seed": 1}, "seed 0 and 1"),
+        ({"split": "train"}, "split 'test' and 'train'"),
+        ({"feature_dtype": "bf16"}, "feature_dtype 'fp32' and 'bf16'"),
+        ({"feature_extractor": str(tmp_path / "features")}, "feature_hash"),
+        ({"dataset_name": str(other_images)}, "reference_hash"),
+    ):
+        with pytest.raises(ValueError, match=f"evaluation.json.*another protocol.*{field}.*--output-dir"):
+            evaluate(config(parts, again, **changes))
+    assert {name: (again / name).read_bytes() for name in os.listdir(again)} == before
+
+
+@pytest.mark.parametrize("content", ["", '[{"accuracy": 1}]', '{"accuracy": 1}', "[1]"])
+def test_file_of_something_else_is_left_alone(parts, tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match="evaluation.json holds no results of this command.*--output-dir"):
+        evaluate(config(parts, tmp_path))
+    assert (tmp_path / "evaluation.json").read_text() == content and os.listdir(tmp_path) == ["evaluation.json"]
+
+
+def test_changed_weights_drop_the_rows_of_the_old_ones(parts, measured, again):
+    options = {"num_inference_steps": (3,), "schedulers": ("ddim",)}
+    rows = evaluate(config(parts, again, "retrained", **options))
+    assert same_settings(rows) == [("real", None, None), ("MiniDDIMScheduler", 3, 1.5)]
+    assert rows[0] == measured.rows[0]
+    old = next(row for row in measured.rows if same_settings([row]) == [("MiniDDIMScheduler", 3, 1.5)])
+    assert rows[1]["weights"] != old["weights"]
+    assert rows[1]["frechet_distance"] != old["frechet_distance"]  # not the old images out of the cache
+    assert json.loads((again / "evaluation.json").read_text()) == rows
+
+
+def test_table_of_two_protocols_is_refused(measured):
+    other = measured.rows[1] | {"protocol": measured.rows[1]["protocol"] | {"num_images": 50_000}}
+    with pytest.raises(ValueError, match="num_images 24 and 50000 do not compare"):
+        markdown_table([*measured.rows, other])
+
+
+# ---- Runs that are cut off ------------------------------------------------------------------------------------------
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from mini_ddpm import evaluation
+
+evaluation.SHARD = 8
+settings = json.loads(sys.argv[1])
+evaluation.evaluate(evaluation.EvaluateConfig(**settings | {"output_dir": Path(settings["output_dir"])}))
+"""
+
+
+def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
+    settings = {"num_images": 48, "num_inference_steps": (15,), "schedulers": ("euler-ancestral",), "batch_size": 8}
+    settings |= {"classifier": None}
+    monkeypatch.setattr(evaluation, "SHARD", 8)
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "undisturbed"))
+    expected = evaluate(config(parts, tmp_path / "expected", **settings))
+    undisturbed = samples(tmp_path / "undisturbed")
+    assert len(undisturbed) == 6
+
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    arguments = vars(config(parts, out, **settings))
+    environment = {"MINI_DDPM_CACHE": str(cache), "HF_DATASETS_CACHE": str(caches / "datasets")}
+    environment["PYTHONPATH"] = str(Path(evaluation.__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, json.dumps(arguments, default=str)],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not any(cache.rglob("samples/*/*.npz")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    times = {file: file.stat().st_mtime_ns for file in cache.rglob("*.npz")}
+    left = samples(cache)
+    assert 0 < len(left) < len(undisturbed)
+    assert [row["images"] for row in json.loads((out / "evaluation.json").read_text())] == ["real"]
+
+    # What a kill amid writing leaves is no result.
+    missing = next(name for name in undisturbed if name not in left)
+    source = next((tmp_path / "undisturbed").rglob(missing))
+    leftover = (cache / "samples" / source.parent.name / missing).with_suffix(".1.tmp")
+    leftover.parent.mkdir(exist_ok=True)
+    leftover.write_bytes(source.read_bytes()[:100])
+
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(cache))
+    rows = evaluate(config(parts, out, **settings))
+    assert {file: file.stat().st_mtime_ns for file in times} == times  # neither drawn nor computed again
+    drawn = samples(cache)
+    assert drawn.keys() == undisturbed.keys()
+    assert all(np.abs(drawn[name] - undisturbed[name]).max() <= 1 for name in drawn)
+    assert same_settings(rows) == same_settings(expected) and rows[1]["num_images"] == 48
+    assert rows[0] == expected[0] and rows[1]["frechet_distance"] == pytest.approx(
+        expected[1]["frechet_distance"], rel=0.01
+    )
+    assert sorted(os.listdir(out)) == FILES
+    assert list(cache.rglob("*.tmp")) == [leftover]
+
+
+# ---- What goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "arguments", "message"),
+    [
+        ("plain", ["--schedulers", "pndm"], "no scheduler 'pndm'; choose one of ddpm, ddim"),
+        ("plain", ["--num-images", "1"], "num_images=1 must be at least 10"),
+        ("plain", ["--batch-size", "0"], "batch_size=0 must be at least 1"),
+        ("plain", ["--steps", "20", "0"], "num_inference_steps=0 must be at least 1"),
+        ("plain", ["--steps", "2001"], "`num_inference_steps` must be at most 1000"),
+        ("plain", ["--guidance-scale", "2"], "guidance_scale=2.0: {parts}/plain is not class-conditional"),
+        ("plain", ["--dataset-name", "{parts}/nowhere"], "'{parts}/nowhere' is not there"),
+        ("plain", ["--split", "validation"], "split 'validation'"),
+        ("plain", ["--other-split", "validation"], "split 'validation'"),
+        ("plain", ["--dataset-name", "{tmp}/colour"], "1 channels, and those of '{tmp}/colour' have 3"),
+        ("plain", ["--resolution", "16"], "8x8 pixels, and those of '{parts}/images' have 16x16: pass --resolution"),
+        ("plain", ["--feature-extractor", "inception", "--inception", "{tmp}/none"], "There is no file {tmp}/none"),
+        ("plain", ["--feature-extractor", "inception", "--inception", "{tmp}/bad"], "{tmp}/bad is not the Inception"),
+        ("plain", ["--feature-extractor", "{tmp}/nowhere"], "{tmp}/nowhere"),
+        ("plain", ["--classifier", "{tmp}/five"], "{tmp}/five knows 5 classes, the dataset 3"),
+        ("plain", ["--device", "gpu"], "--device gpu: choose auto, cpu"),
+        ("nowhere", [], "nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_code_2(parts, tmp_path, capsys, pipeline, arguments, message):
+    (tmp_path / "bad").write_bytes(b"not a network")
+    for split in ("train", "test"):
+        (tmp_path / "colour" / split).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "colour" / split / f"{i}.png")
+    if "{tmp}/five" in arguments:
+        tiny_resnet(tmp_path / "five", cls=ResNetForImageClassification, num_labels=5)
+    where = {"parts": parts, "tmp": tmp_path}
+    flags = ["--dataset-name", "{parts}/images", "--feature-extractor", "{parts}/features", "--device", "cpu"]
+    flags += ["--num-images", "24", "--output-dir", "{tmp}/out", *arguments]
+    capsys.readouterr()
+    assert mini_ddpm_cli.main(["evaluate", str(parts / pipeline), *(flag.format(**where) for flag in flags)]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("mini-ddpm: ")]
+    assert captured.out == "" and lines == captured.err.splitlines()[-1:]
+    assert message.format(**where) in lines[0]
+    assert (tmp_path / "out").exists() == ("2001" in arguments)  # what only the pipeline knows shows when it draws
+
+
+def test_nothing_to_measure_with():
+    with pytest.raises(ValueError, match="num_inference_steps is empty"):
+        EvaluateConfig("mnist", num_inference_steps=())
