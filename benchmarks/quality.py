@@ -37,6 +37,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "EMA 0.999": {"ema_max_decay": 0.999},
     "EMA 0.9999": {"ema_max_decay": 0.9999},
+    "no saturation margin": {"saturation_margin": 0.0},
     "dropout 0.1": {"dropout": 0.1},
     "widths 32, 64": {"block_out_channels": (32, 64)},
     "widths 96, 128": {"block_out_channels": (96, 128)},
@@ -50,6 +51,7 @@ TUTORIAL: dict[str, Any] = {
     "train_batch_size": 128,
     "learning_rate": 2e-4,
     "lr_scheduler": "constant_with_warmup",
+    "saturation_margin": 0.0,
 }
 SAMPLERS = {
     "ddpm": (1000,),

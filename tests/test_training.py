@@ -27,7 +27,15 @@ from mini_ddpm import (
     training,
 )
 from mini_ddpm.data import image_dataset
-from mini_ddpm.training import TrainConfig, _image_ids, _new_model, _noise_batch, compute_loss, train
+from mini_ddpm.training import (
+    TrainConfig,
+    _image_ids,
+    _new_model,
+    _noise_batch,
+    beyond_saturation,
+    compute_loss,
+    train,
+)
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -385,6 +393,49 @@ def test_a_pipeline_of_other_images_is_refused(save, config):
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_pixels_at_the_ends_are_moved_beyond_them():
+    images = torch.tensor([-1.0, -0.99, 0.0, 1.0]).reshape(1, 1, 2, 2)
+    moved = beyond_saturation(images, 0.25, black=True, white=False).flatten().tolist()
+    assert moved == [-1.25, images[0, 0, 0, 1].item(), 0.0, 1.0]
+    assert beyond_saturation(images, 0.25, black=False, white=True).flatten().tolist()[-1] == 1.25
+    assert beyond_saturation(images, 0.25, black=False, white=False) is images
+
+
+def test_black_comes_out_black(config, tmp_path):
+    """What the margin is for: flat areas are not strewn with faint grey, though the network is hardly trained."""
+    (tmp_path / "half").mkdir()
+    pixels = np.full((8, 8), 128, dtype=np.uint8)
+    pixels[:, :4] = 0
+    for index in range(4):
+        Image.fromarray(pixels).save(tmp_path / "half" / f"{index}.png")
+    config = dataclasses.replace(config, dataset_name=str(tmp_path / "half"), max_train_steps=300, learning_rate=2e-3)
+    black = {}
+    for margin in (0.0, 0.1):
+        folder = tmp_path / f"margin-{margin}"
+        train(dataclasses.replace(config, output_dir=folder, saturation_margin=margin))
+        pipe = load_pipeline(folder)
+        assert pipe.scheduler.config.clip_sample_range == 1 + margin
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(batch_size=32, num_inference_steps=10, generator=generator, output_type="pt").images
+        assert (images[..., 4:] - 128 / 255).abs().mean() < 0.05  # as for the rest, nothing changes
+        black[margin] = float(((images[..., :4] * 255).round() == 0).float().mean())
+    assert black[0.1] > 0.6 and black[0.1] > black[0.0] + 0.2, black
+
+
+def test_only_ends_that_many_pixels_are_at_are_moved(config, tmp_path):
+    for name, levels in (("photographs", (1, 254)), ("dark", (0, 254))):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            pixels = np.full((8, 8), levels[1], dtype=np.uint8)
+            pixels[:, :4] = levels[0]
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+        folder = tmp_path / "runs" / name
+        train(dataclasses.replace(config, dataset_name=str(tmp_path / name), output_dir=folder, max_train_steps=1))
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        assert scheduler["clip_sample_range"] == (1.1 if name == "dark" else 1.0)
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_weights(config, monkeypatch):

@@ -97,6 +97,9 @@ class TrainConfig:
     dropout: float = 0.0
     """Dropout in the residual blocks."""
 
+    saturation_margin: float = 0.1
+    """Learn black as -1 - this, white as 1 + this, if a tenth of the pixels are: clamping makes them exact."""
+
     num_train_timesteps: int = 1000
     """Number T of noise levels."""
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid", "laplace"] = "squaredcos_cap_v2"
@@ -178,6 +181,8 @@ class TrainConfig:
         for name in ("class_dropout_prob", "dropout", "ema_max_decay", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
+        if not 0 <= self.saturation_margin <= 1:
+            raise ValueError(f"saturation_margin={self.saturation_margin} must be in [0, 1].")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ValueError(f"snr_gamma={self.snr_gamma} must be above 0.")
         if self.preset not in PRESETS:
@@ -232,6 +237,35 @@ def compute_loss(
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
         losses = losses * snr.clamp(max=snr_gamma) / divisor
     return losses.mean()
+
+
+def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
+    """Move pixels that are all black, or all white, beyond the range that images are clamped to in the end.
+
+    A byte of 0 says that a pixel is as dark as can be shown, or darker. Learned as exactly -1 it comes out as -1 ± the
+    network's error, half of that above -1: a faint grey that the eye does not see, but every measure does. Learned as
+    -1 - margin it comes out below -1, and is clamped to black.
+
+    Args:
+        images: (B, C, H, W) in [-1, 1].
+        margin: How far beyond; a few times the network's error.
+        black: Whether to move what is -1 to -1 - margin.
+        white: Whether to move what is 1 to 1 + margin.
+
+    Returns:
+        (B, C, H, W) in [-1 - margin, 1 + margin].
+    """
+    if black:
+        images = images.masked_fill(images <= -1, -1 - margin)
+    if white:
+        images = images.masked_fill(images >= 1, 1 + margin)
+    return images
+
+
+def _saturated_ends(dataset: ImageDataset) -> tuple[bool, bool]:
+    """Whether a tenth or more of the pixels, of up to a thousand pictures, are all black, and all white."""
+    pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
+    return bool((pixels == 0).mean() >= 0.1), bool((pixels == 255).mean() >= 0.1)
 
 
 def train(config: TrainConfig) -> Path:
@@ -295,6 +329,9 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     # 2. The network and its optimizer.
     set_seed(config.seed)
     unet, scheduler = _new_model(config, dataset)
+    ends = _saturated_ends(dataset) if config.saturation_margin else (False, False)
+    if any(ends):
+        scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=1 + config.saturation_margin)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -344,6 +381,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     running_loss, running_count = torch.zeros((), device=device), 0
     model.train()
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
+        images = beyond_saturation(images, config.saturation_margin, *ends)
         noise, timesteps, class_labels = _noise_batch(
             config, accelerator, scheduler.config.num_train_timesteps, micro_step, images, class_labels, null_label
         )
