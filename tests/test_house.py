@@ -7,6 +7,7 @@ import dataclasses
 import graphlib
 import importlib
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from packaging.utils import canonicalize_name
 
 import mini_ddpm
 import mini_ddpm_cli
+from mini_ddpm.evaluation import COLUMNS, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -232,6 +234,29 @@ def test_commands_in_the_documents_run(tmp_path, monkeypatch):
             steps = min(config.num_inference_steps, 3)
             mini_ddpm_cli.sample(dataclasses.replace(config, num_images=2, num_inference_steps=steps))
             assert config.out.exists()
+
+
+def test_figures_in_the_readme_are_those_measured():
+    """One source, `model_card/NAME/evaluation.json`, which `make evaluation` writes: all other places say the same."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = {}
+    for line in readme.splitlines():
+        title, *cells = (cell.strip().replace(" %", "%") for cell in line.strip("|").split("|"))
+        if len(cells) == 3:
+            table[title] = cells
+    names = [cell.strip("`") for cell in table[""][:2]]
+    assert set(names) == {path.name for path in mini_ddpm.PRETRAINED.iterdir()}
+    for column, name in enumerate(names):
+        folder = ROOT / "model_card" / name
+        rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        assert rows == json.loads((mini_ddpm.PRETRAINED / name / "evaluation.json").read_text(encoding="utf-8"))
+        assert (folder / "evaluation.md").read_text(encoding="utf-8") == markdown_table(rows)
+        floor, drawn = rows[0], next(row for row in rows if row.get("num_inference_steps") == 20)
+        for key in ("fid", "precision", "recall", "coverage", "class_accuracy", "memorization"):
+            title, reading = COLUMNS[key]
+            for row, cell in ((drawn, table[title][column]), (floor, table[title][2])):
+                if key in row:
+                    assert cell == reading.format(row[key]), (name, title)
 
 
 def test_documents_show_the_commands():

@@ -538,27 +538,22 @@ def blobs(folder, height, width, background, colours, count=240):
     Colours are RGB or grey in [0, 1], by class; a lone class `None` has no folder of its own.
     """
     rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[:height, :width] / max(height, width)
+    rows, columns = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     for index in range(count):
         name = list(colours)[index % len(colours)]
-        row, column, size = (
-            rng.uniform(0.2, 0.8) * rows.max(),
-            rng.uniform(0.2, 0.8) * columns.max(),
-            rng.uniform(0.1, 0.2),
-        )
-        spot = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * size**2))[..., None]  # (H, W, 1)
-        shade = 1 + rng.uniform(-0.2, 0.2) * (2 * columns[..., None] / columns.max() - 1)
+        row, column, size = rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8), rng.uniform(0.1, 0.2)
+        spot = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * size**2))  # (H, W, 1)
+        shade = 1 + rng.uniform(-0.2, 0.2) * (2 * columns - 1)
         pixels = (1 - spot) * shade * np.array(background) + spot * np.array(colours[name])
-        pixels = np.round(255 * pixels.clip(0, 1)).astype(np.uint8)
+        pixels = np.round(255 * pixels.clip(0, 1)).astype(np.uint8)  # (H, W, C)
         path = folder / (name or "") / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
 
 
-def statistics(images):
-    """Of images (N, C, H, W) in [0, 1], by channel: mean, standard deviation, how far neighbours are apart. (3, C)"""
-    apart = (images.diff(dim=-1).abs().mean(dim=(0, 2, 3)) + images.diff(dim=-2).abs().mean(dim=(0, 2, 3))) / 2
-    return torch.stack([images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3)), apart])
+def neighbours_apart(images):
+    """How far neighbouring pixels of (N, C, H, W) are apart on average, by channel: noise tells itself by it."""
+    return (images.diff(dim=-1).abs().mean(dim=(0, 2, 3)) + images.diff(dim=-2).abs().mean(dim=(0, 2, 3))) / 2
 
 
 @pytest.mark.slow
@@ -569,18 +564,18 @@ def statistics(images):
             (32, 32),
             (0.1, 0.1, 0.2),
             {"blue": (0.1, 0.3, 1.0), "green": (0.2, 0.9, 0.1), "red": (1.0, 0.2, 0.1)},
-            id="32x32 colour with classes",
+            id="colour 32x32 in three classes",
         ),
-        pytest.param((28, 28), (0.8,), {None: (0.1,)}, id="28x28 grey without"),
+        pytest.param((28, 28), (0.8,), {None: (0.1,)}, id="grey 28x28 without classes"),
         pytest.param(
             (12, 20),
             (0.9, 0.7, 0.4),
             {"dark": (0.1, 0.0, 0.3), "light": (0.9, 1.0, 1.0)},
-            id="20x12 colour with classes",
+            id="colour 20x12 in two classes",
         ),
     ],
 )
-def test_learns_other_images_without_a_change(config, tmp_path, size, background, colours):
+def test_not_mnist_alone(config, tmp_path, size, background, colours):
     blobs(tmp_path / "blobs", *size, background, colours)
     classes = [name for name in colours if name]
     config = dataclasses.replace(
@@ -588,31 +583,32 @@ def test_learns_other_images_without_a_change(config, tmp_path, size, background
         dataset_name=str(tmp_path / "blobs"),
         class_conditional=bool(classes),
         block_out_channels=(32, 64),
-        train_batch_size=32,
-        max_train_steps=int(os.environ.get("STEPS", 300)),
-        learning_rate=2e-3,
+        train_batch_size=8,
+        max_train_steps=700,
+        learning_rate=4e-3,
         checkpointing_steps=1000,
         logging_steps=20,
         ema_max_decay=0.98,
     )
     pipe = load_pipeline(train(config))
     log = [json.loads(line) for line in (config.output_dir / "train_log.jsonl").read_text().splitlines()]
-    print([round(line["loss"], 4) for line in log], log[-1]["seconds"])
+    assert log[-1]["loss"] < 0.25 * log[0]["loss"]
 
     pipe.set_progress_bar_config(disable=True)
-    what = (
-        {"class_labels": [name for name in classes for _ in range(96 // len(classes))], "guidance_scale": 1.0}
-        if classes
-        else {"batch_size": 96}
-    )
+    per_class = 48 // max(len(classes), 1)
+    what = {"batch_size": per_class}
+    if classes:
+        what = {"class_labels": [name for name in classes for _ in range(per_class)], "guidance_scale": 1.0}
     drawn = pipe(**what, num_inference_steps=20, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    dataset = image_dataset(tmp_path / "blobs")
-    real, labels = dataset.stack(progress=False)
+    real, labels = image_dataset(tmp_path / "blobs").stack(progress=False)
     real = real / 255.0
     assert drawn.shape[1:] == real.shape[1:] == (len(background), *size)
-    print(statistics(real))
-    print(statistics(drawn))
+    # Of an untrained network they are 0.5, 0.35 and 0.4, whatever the images.
+    torch.testing.assert_close(drawn.mean(dim=(0, 2, 3)), real.mean(dim=(0, 2, 3)), atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.std(dim=(0, 2, 3)), real.std(dim=(0, 2, 3)), atol=0.05, rtol=0)
+    torch.testing.assert_close(neighbours_apart(drawn), neighbours_apart(real), atol=0.1, rtol=0)
     if classes:
-        own = drawn.unflatten(0, (len(classes), -1)).mean(dim=1)
-        means = torch.stack([real[labels == label].mean(dim=0) for label in range(len(classes))])
-        print((own[:, None] - means[None]).square().mean(dim=(2, 3, 4)).sqrt())
+        of_drawn = drawn.unflatten(0, (len(classes), per_class)).mean(dim=1)  # (classes, C, H, W)
+        of_real = torch.stack([real[labels == label].mean(dim=0) for label in range(len(classes))])
+        distances = (of_drawn[:, None] - of_real[None]).square().mean(dim=(2, 3, 4)).sqrt()
+        assert distances.argmin(dim=1).tolist() == list(range(len(classes))), distances

@@ -78,7 +78,7 @@ class EvaluateConfig:
 
     pipeline: tyro.conf.Positional[str]
     """A name that ships with the package, a folder, or a repository on the Hub."""
-    dataset_name: str = "ylecun/mnist"
+    dataset_name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "ylecun/mnist"
     """The real images: Hub id or folder."""
     split: str = "test"
     """Split of the reference images. All of them are used."""

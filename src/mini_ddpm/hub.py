@@ -423,7 +423,8 @@ def _model_facts(folder: Path) -> dict[str, Any]:
 
 def _training_facts(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "train_config.json", dict)
-    keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "mixed_precision", "seed"]
+    keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
+    keys += ["mixed_precision", "seed"]
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
