@@ -515,7 +515,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
     guidance_scale = _guidance_scale(config, pipe)
-    weights = _hash(pipe.unet.state_dict().items(), json.dumps(dict(pipe.unet.config), default=str, sort_keys=True))
+    weights = _hash(pipe.unet.state_dict().items(), _settings_of(pipe.unet))
 
     # 1. The real images.
     reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
@@ -567,25 +567,26 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     train_images, radii = images.get(config.train_split, (None, None))[0], None
     real_features = extract_features(reference_images, extractor, f"{config.split} images", device, config.batch_size)
 
-    def measure(title: str, drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
+    def measure(title: str, drawn: torch.Tensor) -> dict[str, float]:
         features = extract_features(drawn, extractor, title, device, config.batch_size)
         distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
         figures = {distance: frechet_distance(real_features, features)}
         kid, kid_std = kernel_distance(real_features, features, config.seed)
         figures |= {"kid": 1000 * kid, "kid_std": 1000 * kid_std}
         figures |= precision_recall_density_coverage(real_features, features)
-        if classify is not None and labels is not None:
-            figures["class_accuracy"] = float((classify(drawn) == labels).float().mean())
         return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
-    def memorized(drawn: torch.Tensor | None) -> dict[str, float]:
+    def against_training(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
         nonlocal radii
-        if drawn is None or train_images is None:
-            return {}
-        if radii is None:
-            key = [_digest(train_images)]
-            radii = _cached("radii", key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
-        return {"memorization": round(memorization(drawn, train_images, torch.from_numpy(radii)), 4)}
+        figures = {}
+        if classify is not None and labels is not None:
+            figures["class_accuracy"] = round(float((classify(drawn) == labels).float().mean()), 6)
+        if train_images is not None:
+            if radii is None:
+                key = [_digest(train_images)]
+                radii = _cached("radii", key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
+            figures["memorization"] = round(memorization(drawn, train_images, torch.from_numpy(radii)), 4)
+        return figures
 
     def add(row: dict[str, Any]) -> None:
         nonlocal rows
@@ -595,14 +596,16 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         )
         _write_rows(output_dir, rows)
 
-    # 4. The floor: real images that are not in the reference; memorization is that of real images not trained on.
+    # 4. The floor: real images that are not in the reference. Class accuracy and memorization are those of real images
+    # that neither the classifier nor the pipeline was trained on.
     if other_split in images:
-        others, labels = images[other_split]
-        order = _some(len(others), config)
-        unseen = [images[name][0] for name in images if name != config.train_split]
-        figures = measure(f"{other_split} images", others[order], labels[order] if labels is not None else None)
-        figures |= memorized(unseen[0][_some(len(unseen[0]), config)] if unseen else None)
-        add({"images": "real", "drawn_from": other_split, "num_images": len(order)} | figures)
+        order = _some(len(splits[other_split]), config)
+        row: dict[str, Any] = {"images": "real", "drawn_from": other_split, "num_images": len(order)}
+        row |= measure(f"{other_split} images", images[other_split][0][order])
+        for unseen, labels in [images[name] for name in images if name != config.train_split][:1]:
+            order = _some(len(unseen), config)
+            row |= against_training(unseen[order], labels[order] if labels is not None else None)
+        add(row)
 
     # 5. Each sampler.
     labels = _labels_to_draw(config, pipe, reference_labels)
@@ -612,14 +615,19 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         for steps in config.num_inference_steps:
             pipe.scheduler = scheduler
             drawn, seconds, evaluations = _draw(config, pipe, steps, guidance_scale, labels, weights)
-            row: dict[str, Any] = {"images": "generated", "weights": weights[:16]}
+            row = {"images": "generated", "weights": weights[:16]}
             row |= {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, "eta": config.eta}
             row |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}
-            row |= measure(f"{steps} steps of {type(scheduler).__name__}", drawn, labels) | memorized(drawn)
+            row |= measure(f"{steps} steps of {type(scheduler).__name__}", drawn) | against_training(drawn, labels)
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
             add(row)
     return rows
+
+
+def _settings_of(part: Any) -> str:
+    """The configuration of a network or scheduler, without where it was loaded from and by which version."""
+    return json.dumps({key: value for key, value in part.config.items() if key[0] != "_"}, default=str, sort_keys=True)
 
 
 def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
@@ -663,8 +671,8 @@ def _draw(
     options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
-    key = [weights, type(pipe.scheduler).__name__, scheduler, options, config.dtype, pipe.device.type]
+    scheduler = [type(pipe.scheduler).__name__, _settings_of(pipe.scheduler)]
+    key = [weights, *scheduler, options, config.dtype, pipe.device.type]
     shards = []
     title = f"Drawing, {steps} steps of {type(pipe.scheduler).__name__}"
     with tqdm(total=config.num_images, desc=title, unit="img", disable=None) as bar:

@@ -330,8 +330,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     set_seed(config.seed)
     unet, scheduler = _new_model(config, dataset)
     ends = _saturated_ends(dataset) if config.saturation_margin else (False, False)
-    if any(ends):
-        scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=1 + config.saturation_margin)
+    clip_sample_range = 1 + config.saturation_margin if any(ends) else 1.0
+    scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
