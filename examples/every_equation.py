@@ -30,6 +30,7 @@ def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "eve
     """Draw by hand and with the pipeline; return the largest difference of a pixel in [0, 1]."""
     pipe = load_pipeline(pipeline)
     T, n = pipe.scheduler.config.num_train_timesteps, num_inference_steps
+    c = pipe.scheduler.config.clip_sample_range  # pixels are in [-1, 1]; black may have been learned as a bit less
     x_T = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
     x = x_T
@@ -37,7 +38,7 @@ def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "eve
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         a, a_next = alpha_bar(t, T), alpha_bar(t_next, T)  # ᾱ_{-1} = 1: the clean image
         v = pipe.unet(x, t).sample  # the network predicts the velocity v = √ᾱ ε - √(1-ᾱ) x_0 (2202.00512, app. D)
-        x_0 = (math.sqrt(a) * x - math.sqrt(1 - a) * v).clamp(-1, 1)  # solved for x_0; pixels are in [-1, 1]
+        x_0 = (math.sqrt(a) * x - math.sqrt(1 - a) * v).clamp(-c, c)  # solved for x_0
         epsilon = (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)  # x_t = √ᾱ x_0 + √(1-ᾱ) ε, solved for ε
         x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (2010.02502, eq. 12)
 

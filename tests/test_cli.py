@@ -20,6 +20,7 @@ from mini_ddpm import (
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
     MiniUNet2DModel,
+    hub,
 )
 from mini_ddpm.plots import sample_grid
 
@@ -160,10 +161,10 @@ def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):
     assert (draw("--guidance-scale", 1, "--num-inference-steps", 2) == plain).all()  # both spellings of --steps
 
 
-@pytest.mark.parametrize("scheduler", mini_ddpm_cli.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", hub.SCHEDULERS)
 def test_every_scheduler_draws(tmp_path, unconditional, scheduler, capsys):
     images = arrays(tmp_path, unconditional, "--scheduler", scheduler, "--num-images", 2, "--steps", 5)["images"]
-    assert mini_ddpm_cli.SCHEDULERS[scheduler].partition(".")[2] in capsys.readouterr().out
+    assert hub.SCHEDULERS[scheduler] in capsys.readouterr().out
     assert images.std() > 1
 
 
