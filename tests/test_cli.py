@@ -110,9 +110,8 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
     )
     assert answer.returncode == 2
-    assert (
-        answer.stderr
-        == "mini-ddpm: unknown command 'smaple'; choose one of sample, train, card, push, verify, or --help\n"
+    assert answer.stderr == (
+        "mini-ddpm: unknown command 'smaple'; choose one of sample, train, evaluate, card, push, verify, or --help\n"
     )
 
 

@@ -779,7 +779,7 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
 @pytest.mark.parametrize(
     ("pipeline", "arguments", "message"),
     [
-        ("plain", ["--schedulers", "pndm"], "no scheduler 'pndm'; choose one of ddpm, ddim"),
+        ("plain", ["--schedulers", "pndm"], "scheduler pndm: choose one of ddpm, ddim"),
         ("plain", ["--num-images", "1"], "num_images=1 must be at least 10"),
         ("plain", ["--batch-size", "0"], "batch_size=0 must be at least 1"),
         ("plain", ["--steps", "20", "0"], "num_inference_steps=0 must be at least 1"),

@@ -127,7 +127,7 @@ def replace_scheduler(scheduler: Any, name: str) -> Any:
         ValueError: None is called so.
     """
     if name not in SCHEDULERS:
-        raise ValueError(f"There is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+        raise ValueError(f"--scheduler {name}: choose one of {', '.join(SCHEDULERS)}.")
     return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
 
 
