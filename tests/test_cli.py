@@ -278,6 +278,15 @@ def test_debug_shows_the_traceback(conditional, monkeypatch, tmp_path):
         run("sample", conditional, "--steps", 0, "--out", tmp_path / "x.png")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where a shell has started the tests in the background, deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_the_previous_picture(unconditional, tmp_path, capsys):
     out = tmp_path / "samples.png"
     out.write_bytes(b"the previous picture")
