@@ -160,6 +160,11 @@ def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):
     assert (draw("--guidance-scale", 1, "--num-inference-steps", 2) == plain).all()  # both spellings of --steps
 
 
+def test_help_names_every_scheduler():
+    """Written out in the command line, whose help must not import what knows them."""
+    assert f"'{'|'.join(hub.SCHEDULERS)}'" in mini_ddpm_cli.SampleConfig.__annotations__["scheduler"]
+
+
 @pytest.mark.parametrize("scheduler", hub.SCHEDULERS)
 def test_every_scheduler_draws(tmp_path, unconditional, scheduler, capsys):
     images = arrays(tmp_path, unconditional, "--scheduler", scheduler, "--num-images", 2, "--steps", 5)["images"]

@@ -418,9 +418,10 @@ def test_attention_backends(name, unet, sample):
     dtype = torch.bfloat16 if name in ("_native_cudnn", "_native_flash") else torch.float32
     unet.to("cuda" if dtype == torch.bfloat16 else "cpu", dtype)
     tolerance = {"atol": 5e-2, "rtol": 5e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
-    unet.set_attention_backend(name)
-    torch.testing.assert_close(predict(unet, sample.to(dtype)).float(), expected, **tolerance)
-    unet.reset_attention_backend()
+    with attention_backend("native"):  # puts the process's back, which `set` changes and `reset` leaves as it is
+        unet.set_attention_backend(name)
+        torch.testing.assert_close(predict(unet, sample.to(dtype)).float(), expected, **tolerance)
+        unet.reset_attention_backend()
     with attention_backend(name):
         torch.testing.assert_close(predict(unet, sample.to(dtype)).float(), expected, **tolerance)
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -180,8 +181,6 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) 
         generated: (M, D).
         seed: Chooses the 100 subsets of at most 1,000 that it is averaged over.
     """
-    import warnings
-
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
@@ -339,7 +338,7 @@ def inception_extractor(
     """
     file = file or fetch_inception()
     _check_inception(file)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[feature_dtype]
+    dtype = DTYPES[feature_dtype]
     network = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
     # The same function in half the time: batch norm, (x - μ)/σ + β, folded into the convolutions, and channels last
     # kept from end to end, where the file orders a copy after each branch.
@@ -383,7 +382,7 @@ def transformers_extractor(
     """
     from transformers import AutoModel
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[feature_dtype]
+    dtype = DTYPES[feature_dtype]
     network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     network = network.to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
@@ -515,7 +514,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
     guidance_scale = _guidance_scale(config, pipe)
-    weights = _hash(pipe.unet.state_dict().items(), _settings_of(pipe.unet))
+    weights = _hash(pipe.unet.state_dict().items(), _settings_of(pipe.unet))[:16]
 
     # 1. The real images.
     reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
@@ -560,7 +559,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         "seed": config.seed,
     }
     output_dir = config.output_dir or _default_output_dir(config.pipeline)
-    rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights[:16]) == weights[:16]]
+    rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights) == weights]
     classify = _classifier(config.classifier, reference, device) if config.classifier else None
 
     # 3. What is measured of any set of images.
@@ -615,7 +614,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         for steps in config.num_inference_steps:
             pipe.scheduler = scheduler
             drawn, seconds, evaluations = _draw(config, pipe, steps, guidance_scale, labels, weights)
-            row = {"images": "generated", "weights": weights[:16]}
+            row = {"images": "generated", "weights": weights}
             row |= {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, "eta": config.eta}
             row |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
             row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}

@@ -96,7 +96,7 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
 
 def _find(name: str, kwargs: dict[str, Any]) -> Path:
     """Returns the folder of a pipeline, downloaded if need be."""
-    if name in _bundled() or Path(name).is_dir():
+    if is_bundled(name) or Path(name).is_dir():
         return local_folder(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise OSError(
@@ -154,7 +154,7 @@ def local_folder(name_or_path: str | Path) -> Path:
     Raises:
         OSError: There is no such folder.
     """
-    folder = PRETRAINED / name_or_path if str(name_or_path) in _bundled() else Path(name_or_path)
+    folder = PRETRAINED / name_or_path if is_bundled(str(name_or_path)) else Path(name_or_path)
     if not folder.is_dir():
         raise OSError(f"There is no folder {name_or_path}.")
     return folder
