@@ -26,6 +26,7 @@ import tyro
 if TYPE_CHECKING:
     import numpy as np
 
+    from mini_ddpm.distillation import DistillConfig
     from mini_ddpm.evaluation import EvaluateConfig
     from mini_ddpm.training import TrainConfig
 
@@ -50,8 +51,8 @@ class SampleConfig:
     num_images: int | None = None
     """How many images. None: one per label given, else 10 per class (2 in a film), or 64 (16) without classes."""
 
-    num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 20
-    """Denoising steps; with the weights that ship 50 are no better, 10 nearly as good."""
+    num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
+    """Denoising steps. None: those that a distilled pipeline is for, else 20."""
 
     guidance_scale: float | None = None
     """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
@@ -107,7 +108,9 @@ def sample(config: SampleConfig) -> None:
         rows = 2 if film else 10  # frames of noise do not compress: 100 images would make a film of 15 MB
         labels, names, columns = _labels(pipe, config.class_labels, config.num_images, rows)
         count = len(labels) if labels else config.num_images or (16 if film else 64)
-        options: dict[str, Any] = {"num_inference_steps": config.num_inference_steps, "eta": config.eta}
+        steps = config.num_inference_steps
+        steps = pipe.config.get("default_num_inference_steps", 20) if steps is None else steps
+        options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
         if config.guidance_scale is not None:
             if labels is None:
                 raise ValueError(f"--guidance-scale: {config.pipeline} is not class-conditional")
@@ -141,7 +144,7 @@ def sample(config: SampleConfig) -> None:
             _save_folder(target, images, names)
     height, width = images.shape[1:3]
     print(
-        f"{config.out}: {count} images of {width}x{height}, {config.num_inference_steps} steps of "
+        f"{config.out}: {count} images of {width}x{height}, {steps} steps of "
         f"{type(pipe.scheduler).__name__}, {seconds:.1f} s, {count / seconds:.1f} images/s ({device}, {config.dtype})"
     )
 
@@ -153,6 +156,18 @@ def train(config: TrainConfig) -> None:
     folder = training.train(config)
     if os.environ.get("RANK", "0") == "0":  # one line from `accelerate launch` with many processes
         print(f"{folder}: trained; draw from it with: mini-ddpm sample {folder}")
+
+
+def distill(config: DistillConfig) -> None:
+    """Distil a pipeline into one that draws in four steps, two, or one."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from mini_ddpm import distillation
+
+    diffusers_logging.disable_progress_bar()  # the one for reading files
+    folders = distillation.distill(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{folders[-1]}: distilled; draw from it with: mini-ddpm sample {folders[-1]}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -266,6 +281,7 @@ def verify(config: VerifyConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli.SampleConfig"),
     "train": (train, "mini_ddpm.training.TrainConfig"),
+    "distill": (distill, "mini_ddpm.distillation.DistillConfig"),
     "evaluate": (evaluate, "mini_ddpm.evaluation.EvaluateConfig"),
     "card": (card, "mini_ddpm_cli.CardConfig"),
     "push": (push, "mini_ddpm_cli.PushConfig"),

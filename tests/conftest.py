@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mini_ddpm
 
@@ -35,6 +37,20 @@ def tiny_unet():
         return unet
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Sixteen grey 8x8 pictures in two classes: bright squares in the left or in the right half."""
+    root = tmp_path_factory.mktemp("pictures")
+    for index in range(16):
+        name = ("left", "right")[index % 2]
+        pixels = np.zeros((8, 8), dtype=np.uint8)
+        row, column = index // 4, index // 2 % 2 + 4 * (index % 2)
+        pixels[row : row + 4, column : column + 3] = 255
+        (root / name).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / name / f"{index:02d}.png")
+    return root
 
 
 def git_oid(content):

@@ -40,20 +40,6 @@ from mini_ddpm.training import (
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Sixteen grey 8x8 pictures in two classes: bright squares in the left or in the right half."""
-    root = tmp_path_factory.mktemp("pictures")
-    for index in range(16):
-        name = ("left", "right")[index % 2]
-        pixels = np.zeros((8, 8), dtype=np.uint8)
-        row, column = index // 4, index // 2 % 2 + 4 * (index % 2)
-        pixels[row : row + 4, column : column + 3] = 255
-        (root / name).mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(root / name / f"{index:02d}.png")
-    return root
-
-
 @pytest.fixture
 def config(pictures, tmp_path):
     """Twenty steps of a tiny network."""
@@ -116,20 +102,26 @@ class OfEpsilon(torch.nn.Module):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("snr_gamma", [1e9, 5.0, 0.1])
-def test_min_snr_makes_the_three_losses_one(prediction_type, snr_gamma):
-    # Min-SNR weighs the error of x_0 by min(SNR, γ), however it is told; that is min(SNR, γ)/SNR · ||δ||² for an error
-    # δ of the noise.
+@pytest.mark.parametrize("limits", [{"max": 1e9}, {"max": 5.0}, {"max": 0.1}, {"min": 1.0}, {"min": 0.5, "max": 4.0}])
+def test_snr_weights_make_the_three_losses_one(prediction_type, limits):
+    # Min-SNR weighs the error of x_0 by min(SNR, γ), truncated SNR by max(SNR, 1), however it is told; that is
+    # min(SNR, γ)/SNR · ||δ||² for an error δ of the noise.
     torch.manual_seed(0)
     scheduler = MiniDDIMScheduler(prediction_type=prediction_type)
     images, noise, error = (torch.randn(6, 1, 4, 4, dtype=torch.float64) for _ in range(3))
     timesteps = torch.tensor([3, 100, 300, 500, 700, 900])
     loss = compute_loss(
-        OfEpsilon(scheduler, images, noise, error), scheduler, images, noise, timesteps, None, snr_gamma
+        OfEpsilon(scheduler, images, noise, error),
+        scheduler,
+        images,
+        noise,
+        timesteps,
+        snr_gamma=limits.get("max"),
+        snr_floor=limits.get("min"),
     )
     alphas_cumprod = scheduler.alphas_cumprod[timesteps].double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    expected = (snr.clamp(max=snr_gamma) / snr * error.square().mean(dim=(1, 2, 3))).mean()
+    expected = (snr.clamp(**limits) / snr * error.square().mean(dim=(1, 2, 3))).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -157,9 +149,10 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
 
 def test_processes_share_the_batch_of_one():
     images, labels = torch.zeros(8, 1, 4, 4), torch.arange(8)
-    whole = _noise_batch(TrainConfig(), process(0, 1), 1000, 3, images, labels, 8)
+    whole = _noise_batch(TrainConfig(), process(0, 1), torch.arange(1000), 3, images, labels, 8)
     parts = [
-        _noise_batch(TrainConfig(), process(i, 2), 1000, 3, images[:4], labels[4 * i : 4 * i + 4], 8) for i in (0, 1)
+        _noise_batch(TrainConfig(), process(i, 2), torch.arange(1000), 3, images[:4], labels[4 * i : 4 * i + 4], 8)
+        for i in (0, 1)
     ]
     for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(of_whole, torch.cat(of_parts))
@@ -172,7 +165,9 @@ def test_timesteps_are_stratified_and_labels_dropped():
     config, images = TrainConfig(class_dropout_prob=0.25), torch.zeros(100, 1, 1, 1)
     seen, dropped = [], 0
     for step in range(40):
-        noise, timesteps, labels = _noise_batch(config, process(0, 1), 1000, step, images, torch.zeros(100).long(), 10)
+        noise, timesteps, labels = _noise_batch(
+            config, process(0, 1), torch.arange(1000), step, images, torch.zeros(100).long(), 10
+        )
         assert (timesteps.sort().values // 10 == torch.arange(100)).sum() >= 1
         assert torch.histc(timesteps.float(), 10, 0, 1000).tolist() == pytest.approx([10] * 10, abs=1)
         assert set(labels.tolist()) <= {0, 10}

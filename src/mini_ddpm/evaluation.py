@@ -92,8 +92,9 @@ class EvaluateConfig:
 
     num_images: int = 10_000
     """Images to draw. FID is biased: it grows as this falls, so figures for another number are no comparison."""
-    num_inference_steps: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--steps"])] = (20,)
-    """Denoising steps; each number is measured with each scheduler."""
+    num_inference_steps: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--steps"])] = ()
+    """Denoising steps; each number is measured with each scheduler. None: those that a distilled pipeline is for, else
+    20."""
     schedulers: tuple[str, ...] = ()
     """Samplers, by the names of `mini-ddpm sample --scheduler`. None: the one the pipeline was saved with."""
     guidance_scale: float | None = None
@@ -137,8 +138,6 @@ class EvaluateConfig:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        if not self.num_inference_steps:
-            raise ValueError("num_inference_steps is empty; give one number or more.")
 
 
 # ---- Distances and shares, of features -----------------------------------------------------------------------------
@@ -508,9 +507,10 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
     pipe.set_progress_bar_config(disable=True)
     schedulers = [replace_scheduler(pipe.scheduler, name) for name in config.schedulers] or [pipe.scheduler]
-    if max(config.num_inference_steps) > pipe.scheduler.config.num_train_timesteps:
+    step_counts = config.num_inference_steps or (pipe.config.get("default_num_inference_steps", 20),)
+    if max(step_counts) > pipe.scheduler.config.num_train_timesteps:
         raise ValueError(
-            f"num_inference_steps={max(config.num_inference_steps)} is more than the "
+            f"num_inference_steps={max(step_counts)} is more than the "
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
     guidance_scale = _guidance_scale(config, pipe)
@@ -611,7 +611,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     if config.torch_compile:
         pipe.unet.compile()
     for scheduler in schedulers:
-        for steps in config.num_inference_steps:
+        for steps in step_counts:
             pipe.scheduler = scheduler
             drawn, seconds, evaluations = _draw(config, pipe, steps, guidance_scale, labels, weights)
             row = {"images": "generated", "weights": weights}
@@ -636,12 +636,12 @@ def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
 
 def _guidance_scale(config: EvaluateConfig, pipe: Any) -> float | None:
     """The scale that the pipeline will be called with, `None` where it takes none."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    if parameter is None and config.guidance_scale is not None:
+    takes_it = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    if not takes_it and config.guidance_scale is not None:
         raise ValueError(f"guidance_scale={config.guidance_scale}: {config.pipeline} is not class-conditional.")
-    if parameter is None:
-        return None
-    return float(parameter.default if config.guidance_scale is None else config.guidance_scale)
+    if not takes_it or config.guidance_scale is not None:
+        return config.guidance_scale
+    return float(pipe.config.get("default_guidance_scale", 1.5))
 
 
 def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor | None) -> torch.Tensor | None:

@@ -297,8 +297,9 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
     unknown = sorted(key for key in config if key not in known and not key.startswith("_"))
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}; {cls.__name__} has {', '.join(sorted(expected))}.")
-    # Classes of diffusers gain keys with its versions; theirs may be absent.
-    missing = sorted(expected - config.keys()) if cls.__module__.startswith("mini_ddpm.") else []
+    # Classes of diffusers gain keys with its versions; theirs may be absent, and so may defaults that nobody set.
+    required = {key for key in expected if not key.startswith("default_")}
+    missing = sorted(required - config.keys()) if cls.__module__.startswith("mini_ddpm.") else []
     if missing:
         raise ValueError(f"{file}: the key {missing[0]!r} is missing.")
 
@@ -407,6 +408,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
         (scheduler, ("num_train_timesteps", "beta_schedule", "prediction_type")),
     ):
         model |= {key: config[key] for key in keys if config.get(key) is not None}
+    model |= {key: value for key, value in index.items() if key.startswith("default_")}
     if labels := index.get("id2label"):
         model["labels"] = list(labels.values())
     for files in list(_weights(folder / "unet").values())[:1]:
@@ -424,7 +426,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
 def _training_facts(folder: Path) -> dict[str, Any]:
     config = _read_json(folder / "train_config.json", dict)
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
-    keys += ["mixed_precision", "seed"]
+    keys += ["mixed_precision", "seed", "guidance_scale"]  # the last where it was distilled in
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
@@ -500,9 +502,13 @@ def render_card(facts: dict[str, Any]) -> str:
     for paper, is_used in (
         ("2010.02502", "DDIM" in model["scheduler"]),
         ("2102.09672", model.get("beta_schedule") == "squaredcos_cap_v2"),
-        ("2202.00512", model.get("prediction_type") == "v_prediction"),
+        (
+            "2202.00512",
+            model.get("prediction_type") == "v_prediction" or "default_num_inference_steps" in model,
+        ),
         ("2207.12598", "num_class_embeds" in model),
         ("2303.09556", "snr_gamma" in training),
+        ("2210.03142", model.get("default_guidance_scale") == 1),
     ):
         papers += [paper] * is_used
     evaluation = []

@@ -70,6 +70,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         unet: The network, `MiniUNet2DModel` or any that is called and configured like `UNet2DModel`. One that learned
             the variance too (`out_channels = 2 * in_channels`) works with every scheduler.
         scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
+        default_num_inference_steps: Steps that a call takes if it is not told; those that a distilled network is for.
 
     Example:
         >>> from mini_ddpm import MiniDDPMPipeline, PRETRAINED
@@ -84,15 +85,18 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
     _num_timesteps = 0
     _interrupt = False
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self, unet: ModelMixin, scheduler: SchedulerMixin, default_num_inference_steps: int | None = None
+    ) -> None:
         super().__init__()
+        self._register_defaults(default_num_inference_steps=default_num_inference_steps)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -109,7 +113,8 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             batch_size: Number of images B, at least 1.
-            num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`.
+            num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`; by default
+                `default_num_inference_steps` of the pipeline's configuration, or 50.
             eta: DDIM's η: 0 is deterministic, 1 has DDPM's noise. Ignored by schedulers whose step has no η.
             use_clipped_model_output: Whether DDIM takes for the noise in x_t what the clipped x_0 leaves of it. The
                 network's own noise, which diffusers takes by default, does not fit a clipped x_0, and the misfit adds
@@ -132,6 +137,8 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises:
             ValueError: An argument is out of its range, or the scheduler belongs to another process.
         """
+        if num_inference_steps is None:
+            num_inference_steps = int(self.config.get("default_num_inference_steps", 50))
         self._check_inputs(
             batch_size,
             num_inference_steps,
@@ -163,6 +170,14 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
         return output.to(sample.dtype)
 
     # ---- From here to the end word for word in both pipelines ----------------------------------------------------
+
+    def _register_defaults(self, **defaults: Any) -> None:
+        """Puts into the configuration what is given: other pipelines open the folder too, and know no such keys."""
+        for name, value in defaults.items():
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                    raise ValueError(f"`{name}` must be a number above 0, but is {value!r}.")
+                self.register_to_config(**{name: value})
 
     @property
     def num_timesteps(self) -> int:

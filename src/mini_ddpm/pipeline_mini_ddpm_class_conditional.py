@@ -72,6 +72,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             too (`out_channels = 2 * in_channels`) works with every scheduler.
         scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
         id2label: The classes' names by label. JSON's string keys are accepted for integers.
+        default_num_inference_steps: Steps that a call takes if it is not told; those that a distilled network is for.
+        default_guidance_scale: Guidance that a call takes if it is not told; 1, none, where it was distilled in.
 
     Example:
         >>> from mini_ddpm import MiniDDPMClassConditionalPipeline, PRETRAINED
@@ -92,8 +94,13 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict[Any, Any] | None = None,
+        default_num_inference_steps: int | None = None,
+        default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
+        self._register_defaults(
+            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+        )
         if id2label is not None:
             id2label = {int(label): str(name) for label, name in id2label.items()}
         self.register_to_config(id2label=id2label)
@@ -113,8 +120,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        guidance_scale: float = 1.5,
-        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -132,8 +139,10 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             class_labels: The classes to draw: a label, a name out of `id2label`, a list of those, or an integer tensor
                 (B,). Labels are 0 to `num_class_embeds - 2`; the last, `num_class_embeds - 1`, asks for no class.
-            guidance_scale: s in uncond + s·(cond - uncond); active above 1, where a step costs twice as much.
-            num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`.
+            guidance_scale: s in uncond + s·(cond - uncond); active above 1, where a step costs twice as much. By
+                default `default_guidance_scale` of the pipeline's configuration, or 1.5.
+            num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`; by default
+                `default_num_inference_steps` of the pipeline's configuration, or 50.
             eta: DDIM's η: 0 is deterministic, 1 has DDPM's noise. Ignored by schedulers whose step has no η.
             use_clipped_model_output: Whether DDIM takes for the noise in x_t what the clipped x_0 leaves of it. The
                 network's own noise, which diffusers takes by default, does not fit a clipped x_0, and the misfit adds
@@ -159,6 +168,10 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             TypeError: A label is neither an integer nor a name.
         """
         labels = self.get_label_ids(class_labels)
+        if num_inference_steps is None:
+            num_inference_steps = int(self.config.get("default_num_inference_steps", 50))
+        if guidance_scale is None:
+            guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
         if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
         self._guidance_scale = guidance_scale
@@ -237,6 +250,14 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.cat([guided, cond[:, channels:]], dim=1)
 
     # ---- From here to the end word for word in both pipelines ----------------------------------------------------
+
+    def _register_defaults(self, **defaults: Any) -> None:
+        """Puts into the configuration what is given: other pipelines open the folder too, and know no such keys."""
+        for name, value in defaults.items():
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                    raise ValueError(f"`{name}` must be a number above 0, but is {value!r}.")
+                self.register_to_config(**{name: value})
 
     @property
     def num_timesteps(self) -> int:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -197,11 +197,13 @@ def compute_loss(
     timesteps: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     snr_gamma: float | None = None,
+    snr_floor: float | None = None,
 ) -> torch.Tensor:
     """The training loss of one batch (DDPM, eq. 14; min-SNR weights: arXiv 2303.09556, section 3.4).
 
     `mean_i w(t_i) · mean_pixels (target_i - prediction_i)²`, with `w = 1`, or for `snr_gamma = γ` and
-    `SNR = ᾱ/(1-ᾱ)`: `min(SNR, γ)` for x_0, `min(SNR, γ)/SNR` for ε, `min(SNR, γ)/(SNR + 1)` for v.
+    `SNR = ᾱ/(1-ᾱ)`: `min(SNR, γ)` for x_0, `min(SNR, γ)/SNR` for ε, `min(SNR, γ)/(SNR + 1)` for v. With `snr_floor`
+    in place of `snr_gamma` the same with max: 1 makes it the truncated SNR of 2202.00512, eq. 9.
 
     Args:
         unet: The network, called as `unet(x_t, t, class_labels).sample`.
@@ -210,7 +212,8 @@ def compute_loss(
         noise: ε, (B, C, H, W), standard normal.
         timesteps: t, (B,) int64 in [0, num_train_timesteps).
         class_labels: y, (B,) int64, or `None`.
-        snr_gamma: γ > 0, or `None` for no weighting.
+        snr_gamma: γ > 0, which SNR is limited to from above, or `None`.
+        snr_floor: What SNR is limited to from below, or `None`.
 
     Returns:
         A scalar in float32.
@@ -231,11 +234,11 @@ def compute_loss(
     if prediction.shape != target.shape:
         raise ValueError(f"The network predicts {tuple(prediction.shape)}, the target is {tuple(target.shape)}.")
     losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
-    if snr_gamma is not None:
+    if snr_gamma is not None or snr_floor is not None:
         alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas_cumprod / (1 - alphas_cumprod)
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-        losses = losses * snr.clamp(max=snr_gamma) / divisor
+        losses = losses * snr.clamp(min=snr_floor, max=snr_gamma) / divisor
     return losses.mean()
 
 
@@ -268,7 +271,28 @@ def _saturated_ends(dataset: ImageDataset) -> tuple[bool, bool]:
     return bool((pixels == 0).mean() >= 0.1), bool((pixels == 255).mean() >= 0.1)
 
 
-def train(config: TrainConfig) -> Path:
+class Teacher(Protocol):
+    """What makes a run one of distillation: it chooses the noise levels and what is to be predicted there."""
+
+    timesteps: torch.Tensor
+    """The noise levels to learn, (N,) int64."""
+    described: dict[str, Any]
+    """What a continued run may not change, for `train_config.json`."""
+    defaults: dict[str, Any]
+    """`default_...` arguments of the pipeline that is saved."""
+    snr_floor: float
+    """See [`compute_loss`]."""
+
+    def prepare(self, device: torch.device, compiled: bool) -> None:
+        """Called once, before the first step."""
+
+    def __call__(
+        self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the image to predict in place of the true one, and the noise that leads from it to the same x_t."""
+
+
+def train(config: TrainConfig, teacher: Teacher | None = None) -> Path:
     """Train a pipeline, or go on training it from its last checkpoint.
 
     Under `accelerate launch` every process calls this. `config.output_dir` becomes a pipeline folder that
@@ -277,6 +301,7 @@ def train(config: TrainConfig) -> Path:
 
     Args:
         config: What to train on what, and how.
+        teacher: What to learn from, if not from the images alone; see [`distill`].
 
     Returns:
         `config.output_dir`.
@@ -300,14 +325,14 @@ def train(config: TrainConfig) -> Path:
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     try:
-        _train(config, accelerator)
+        _train(config, accelerator, teacher)
     finally:
         accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)  # or another run could not have another precision
     return config.output_dir
 
 
-def _train(config: TrainConfig, accelerator: Accelerator) -> None:
+def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | None) -> None:
     """Take the steps that are left after the last checkpoint; see [`train`]."""
     from accelerate.utils import set_seed
     from diffusers.optimization import get_scheduler
@@ -332,6 +357,10 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     ends = _saturated_ends(dataset) if config.saturation_margin else (False, False)
     clip_sample_range = 1 + config.saturation_margin if any(ends) else 1.0
     scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
+    levels = torch.arange(scheduler.config.num_train_timesteps) if teacher is None else teacher.timesteps
+    levels = levels.to(device)
+    if teacher is not None:
+        teacher.prepare(device, config.torch_compile)
     if config.channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
@@ -358,7 +387,7 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
 
     # 3. Where an earlier run got to. Nothing was written before this line.
     if is_main:
-        _claim_folder(config)
+        _claim_folder(config.output_dir, _described(config) | (teacher.described if teacher else {}))
     accelerator.wait_for_everyone()
     first_step, seconds = 0, 0.0
     for checkpoint in _checkpoints(output_dir)[-1:]:
@@ -383,11 +412,16 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
         images = beyond_saturation(images, config.saturation_margin, *ends)
         noise, timesteps, class_labels = _noise_batch(
-            config, accelerator, scheduler.config.num_train_timesteps, micro_step, images, class_labels, null_label
+            config, accelerator, levels, micro_step, images, class_labels, null_label
         )
         with accelerator.accumulate(model):
             with accelerator.autocast():
-                loss = compute_loss(model, scheduler, images, noise, timesteps, class_labels, config.snr_gamma)
+                if teacher is not None:
+                    images, noise = teacher(images, noise, timesteps, class_labels)
+                snr_floor = teacher.snr_floor if teacher else None
+                loss = compute_loss(
+                    model, scheduler, images, noise, timesteps, class_labels, config.snr_gamma, snr_floor
+                )
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -440,7 +474,8 @@ def _train(config: TrainConfig, accelerator: Accelerator) -> None:
         if checkpoint_due:
             _save_checkpoint(accelerator, config, step, time.monotonic() - started)
         if (checkpoint_due or images_due) and is_main:
-            _save_pipeline(config, accelerator, dataset, scheduler, unet, ema, epoch if images_due else None)
+            defaults = teacher.defaults if teacher else {}
+            _save_pipeline(config, accelerator, dataset, scheduler, unet, ema, epoch if images_due else None, defaults)
         if checkpoint_due or images_due:
             accelerator.wait_for_everyone()
             logged_at = time.monotonic()
@@ -582,7 +617,7 @@ def _batches(
 def _noise_batch(
     config: TrainConfig,
     accelerator: Accelerator,
-    num_train_timesteps: int,
+    levels: torch.Tensor,
     micro_step: int,
     images: torch.Tensor,
     class_labels: torch.Tensor | None,
@@ -590,8 +625,9 @@ def _noise_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Draw noise, timesteps and labels with dropout for one forward pass, from (seed, micro_step) alone.
 
-    The timesteps are stratified over the batch, `t_i = floor(T · frac(u + i/B))`: every batch covers all noise levels,
-    so that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the batch of all processes.
+    The timesteps, out of `levels` (N,), are stratified over the batch, place `floor(N · frac(u + i/B))`: every batch
+    covers all noise levels, so that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the
+    batch of all processes.
     """
     local, device = images.shape[0], images.device
     batch_size = local * accelerator.num_processes
@@ -600,8 +636,7 @@ def _noise_batch(
     noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[mine]
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
-    timesteps = ((strata + offset) % 1 * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-    timesteps = timesteps[mine]
+    timesteps = levels[((strata + offset) % 1 * len(levels)).long().clamp(max=len(levels) - 1)][mine]
     if null_label is None or class_labels is None:
         return noise, timesteps, None
     dropped = torch.rand(batch_size, generator=generator, device=device)[mine] < config.class_dropout_prob
@@ -618,14 +653,13 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def _claim_folder(config: TrainConfig) -> None:
-    """Make the run's folder, or see that what is in it is this run.
+def _claim_folder(folder: Path, described: dict[str, Any]) -> None:
+    """Make the run's folder, or see that what is in it is the run of this description.
 
     Raises:
         ValueError: The folder holds something else than this run.
         OSError: It cannot be written.
     """
-    folder, described = config.output_dir, _described(config)
     config_file = folder / "train_config.json"
     if _checkpoints(folder) and config_file.exists():
         before = json.loads(config_file.read_text())
@@ -696,6 +730,7 @@ def _save_pipeline(
     unet: MiniUNet2DModel,
     ema: EMAModel,
     epoch: int | None,
+    defaults: dict[str, Any],
 ) -> None:
     """Write the averaged weights as a pipeline, file by file in place of the last, and draw a grid after `epoch`."""
     ema.store(unet.parameters())
@@ -705,9 +740,9 @@ def _save_pipeline(
     try:
         pipeline: Any
         if config.class_conditional:
-            pipeline = MiniDDPMClassConditionalPipeline(unet, scheduler, id2label=dataset.id2label)
+            pipeline = MiniDDPMClassConditionalPipeline(unet, scheduler, id2label=dataset.id2label, **defaults)
         else:
-            pipeline = MiniDDPMPipeline(unet, scheduler)
+            pipeline = MiniDDPMPipeline(unet, scheduler, **defaults)
         with _clear_write_errors(temporary):
             pipeline.save_pretrained(temporary)
             _flush_to_disk(temporary)
@@ -726,7 +761,7 @@ def _save_pipeline(
             else:
                 call = {"batch_size": 64}
             generator = torch.Generator("cpu").manual_seed(config.seed)
-            steps = min(25, scheduler.config.num_train_timesteps)
+            steps = defaults.get("default_num_inference_steps", min(25, scheduler.config.num_train_timesteps))
             # A compiled network would be compiled anew for this batch size.
             with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 images = pipeline(**call, generator=generator, num_inference_steps=steps).images

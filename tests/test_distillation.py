@@ -1,0 +1,261 @@
+"""Distillation: a student's one step is its teacher's two, by closed form, and round by round in real runs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mini_ddpm import (
+    MiniDDIMScheduler,
+    MiniDDPMClassConditionalPipeline,
+    MiniDDPMPipeline,
+    distillation,
+    load_pipeline,
+)
+from mini_ddpm.distillation import DDIMTeacher, DistillConfig, distill
+from mini_ddpm.training import TrainConfig, compute_loss, train
+
+
+class Linear(torch.nn.Module):
+    """x̂_0 = a_t·z_t, told as x_0 or v; a_t is a parameter for every t."""
+
+    def __init__(self, scheduler, factors):
+        super().__init__()
+        self.scheduler, self.factors = scheduler, torch.nn.Parameter(factors)
+        self.config = type("Config", (), {"num_class_embeds": None})
+
+    def forward(self, sample, timesteps, class_labels=None):
+        x0 = self.factors[timesteps].view(-1, 1, 1, 1) * sample
+        if self.scheduler.config.prediction_type == "v_prediction":  # v = (α z - x_0) / σ
+            alphas_cumprod = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            x0 = (alphas_cumprod.sqrt() * sample - x0) / (1 - alphas_cumprod).sqrt()
+        return type("Output", (), {"sample": x0})
+
+
+def linear_teacher(prediction_type, steps, **config):
+    scheduler = MiniDDIMScheduler(prediction_type=prediction_type, clip_sample=False, **config)
+    factors = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
+    pipe = type("Pipe", (), {"unet": Linear(scheduler, factors), "scheduler": scheduler})
+    teacher = DDIMTeacher(pipe, steps)
+    teacher._levels = teacher._levels.float()
+    return teacher, scheduler, factors.double()
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 4, 7, 32])
+def test_the_optimum_of_a_linear_students_loss_is_two_steps_of_its_teacher(prediction_type, steps):
+    teacher, scheduler, a = linear_teacher(prediction_type, steps)
+    ours, theirs = MiniDDIMScheduler.from_config(scheduler.config), MiniDDIMScheduler.from_config(scheduler.config)
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(2 * steps)
+    assert torch.equal(teacher.timesteps, ours.timesteps)
+
+    # From z_t two steps of x̂_0 = a z lead to a multiple of z_t, and so does one step of x̂_0 = c z: solve for c.
+    levels = scheduler.alphas_cumprod.double()
+    alpha, sigma = [*levels.sqrt(), 1.0], [*(1 - levels).sqrt(), 0.0]  # at -1, the end, the image
+
+    def factor(t, s, x0):
+        return alpha[s] * x0 + sigma[s] / sigma[t] * (1 - alpha[t] * x0)
+
+    optimum = torch.zeros(1000, dtype=torch.float64)
+    times = [*theirs.timesteps.tolist(), -1]
+    for t, between, end in zip(times[:-1:2], times[1::2], times[2::2], strict=True):
+        two = factor(t, between, a[t]) * factor(between, end, a[between])
+        optimum[t] = (two - sigma[end] / sigma[t]) / (alpha[end] - sigma[end] / sigma[t] * alpha[t])
+
+    student = Linear(scheduler, optimum.float())
+    generator = torch.Generator().manual_seed(1)
+    images, noise = torch.randn(2, steps, 1, 4, 4, generator=generator)
+    target, target_noise = teacher(images, noise, ours.timesteps, None)
+    loss = compute_loss(student, scheduler, target, target_noise, ours.timesteps, snr_floor=1.0)
+    loss.backward()
+    assert loss.item() < 1e-9
+    assert student.factors.grad.abs().max() < 1e-3
+    off = compute_loss(Linear(scheduler, optimum.float() + 0.1), scheduler, target, target_noise, ours.timesteps)
+    assert off.item() > 1e-3
+
+    # It is a point of the way through z_t, and the student's step arrives where the teacher's two do.
+    sample = scheduler.add_noise(images, noise, ours.timesteps)
+    torch.testing.assert_close(scheduler.add_noise(target, target_noise, ours.timesteps), sample, atol=1e-5, rtol=0)
+    z = torch.ones(1, 1, 1, 1)
+    for t, between in zip(times[:-1:2], times[1::2], strict=True):
+        one = ours.step(student(z, torch.tensor([t])).sample, t, z).prev_sample
+        middle = theirs.step(teacher.unet(z, torch.tensor([t])).sample, t, z).prev_sample
+        two = theirs.step(teacher.unet(middle, torch.tensor([between])).sample, between, middle).prev_sample
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("guidance_scale", [None, 1.0, 2.5])
+def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guidance_scale):
+    scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample_range=1.1)
+    labels = None if guidance_scale is None else torch.tensor([3, 0, 10])  # the last asks for no class
+    if labels is None:
+        pipe = MiniDDPMPipeline(tiny_unet(num_class_embeds=None), scheduler)
+        call = {"batch_size": 3}
+    else:
+        pipe = MiniDDPMClassConditionalPipeline(tiny_unet(), scheduler)
+        call = {"class_labels": labels, "guidance_scale": guidance_scale}
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipe(**call, latents=latents, num_inference_steps=2 * steps, output_type="latent").images
+
+    teacher = DDIMTeacher(pipe, steps, guidance_scale or 1.0)
+    teacher.prepare(torch.device("cpu"), compiled=False)
+    student = MiniDDIMScheduler.from_config(scheduler.config, prediction_type="sample", clip_sample=False)
+    student.set_timesteps(steps)
+    sample = latents
+    for t in student.timesteps:
+        # An image and a noise that are noised to this very sample: zero, and the sample over σ.
+        sigma = (1 - student.alphas_cumprod[t]).sqrt()
+        target, _ = teacher(torch.zeros_like(sample), sample / sigma, t.expand(3), labels)
+        assert target.abs().max() <= 1.1 + 1e-4  # between two images within the teacher's range
+        sample = student.step(target, t, sample).prev_sample
+    torch.testing.assert_close(sample, expected, atol=1e-4, rtol=0)
+
+
+def test_a_teacher_that_cannot_teach(tiny_unet):
+    unet = tiny_unet(num_class_embeds=None)
+    with pytest.raises(ValueError, match=r"predicts the noise.*--prediction-type v_prediction or sample"):
+        DDIMTeacher(MiniDDPMPipeline(unet, MiniDDIMScheduler(prediction_type="epsilon")), 4)
+    leading = MiniDDIMScheduler(prediction_type="v_prediction", timestep_spacing="leading")
+    with pytest.raises(ValueError, match=r"Of the 7 timesteps.*'leading'.*'trailing'"):
+        DDIMTeacher(MiniDDPMPipeline(unet, leading), 7)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(pictures, tmp_path_factory):
+    """A network that has learned the sixteen pictures, with their classes."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    return train(
+        TrainConfig(
+            dataset_name=str(pictures),
+            output_dir=folder,
+            class_conditional=True,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            train_batch_size=32,
+            max_train_steps=300,
+            learning_rate=3e-3,
+            ema_max_decay=0.9,
+            save_images_epochs=0,
+            log_with="none",
+            device="cpu",
+        )
+    )
+
+
+@pytest.fixture
+def config(teacher, pictures, tmp_path):
+    return DistillConfig(
+        teacher=str(teacher),
+        dataset_name=str(pictures),
+        output_dir=tmp_path / "distilled",
+        num_inference_steps=2,
+        rounds=2,
+        images_per_round=640,
+        train_batch_size=32,
+        learning_rate=2e-3,
+        checkpointing_steps=10,
+        log_with="none",
+        device="cpu",
+        mixed_precision="no",
+    )
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_round_brings_the_student_to_its_teachers_two_steps(config, teacher):
+    config = dataclasses.replace(config, rounds=1, images_per_round=4800, guidance_scale=2.0)
+    (folder,) = distill(config)
+    assert folder == config.output_dir / "steps-2"
+    latents = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    labels = [0, 1] * 32
+
+    def draw(where, **options):
+        pipe = load_pipeline(where)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(labels, latents=latents, output_type="latent", **options).images
+
+    two = draw(teacher, num_inference_steps=4, guidance_scale=2.0)
+    before = (draw(teacher, num_inference_steps=2, guidance_scale=1.0) - two).square().mean()
+    after = (draw(folder) - two).square().mean()
+    assert after < before / 5
+
+
+def test_the_students_take_their_own_steps_once_each(config):
+    folders = distill(config)
+    assert [folder.name for folder in folders] == ["steps-4", "steps-2"]
+    for folder, steps in zip(folders, (4, 2), strict=True):
+        pipe = load_pipeline(folder)
+        evaluations = []
+        pipe.unet.register_forward_pre_hook(lambda module, args, seen=evaluations: seen.append(len(args[0])))
+        pipe.set_progress_bar_config(disable=True)
+        pipe([0, 1, 0])
+        assert evaluations == [3] * steps  # without guidance, which is in the weights
+        pipe([0], num_inference_steps=3, guidance_scale=2.0)  # who asks for something else gets it
+        assert evaluations[steps:] == [2] * 3
+        log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+        assert log[-1]["images"] == (640 if steps > 2 else 1280)
+
+        # What is saved again keeps it, and the card tells it.
+        again = folder.parent / f"again-{steps}"
+        pipe.save_pretrained(again)
+        assert load_pipeline(again).config["default_num_inference_steps"] == steps
+        card = (again / "README.md").read_text()
+        assert f"is drawn in {steps} steps" in card and "2210.03142" in card and "images = pipe([0, 1]).images" in card
+
+    # A student can be a teacher, of half its own steps and of nothing else.
+    (one,) = distill(dataclasses.replace(config, teacher=str(folders[-1]), num_inference_steps=1, rounds=None))
+    assert one.name == "steps-1"
+    with pytest.raises(ValueError, match=r"takes 4 steps; 1 halvings of 6 lead to 3. Choose --to of 2, 1."):
+        distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
+
+
+@pytest.mark.parametrize("calls", [5, 25, 45])  # in the first round; in the second, before and after a checkpoint
+def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
+    config = dataclasses.replace(config, checkpointing_steps=8)
+    whole = distill(dataclasses.replace(config, output_dir=config.output_dir.with_name("whole")))
+    monkeypatch.setattr(distillation, "_estimate", lambda *args: 0.0)  # which calls the teacher too
+    call, left = DDIMTeacher.__call__, [calls]
+
+    def cut_off(self, *args):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return call(self, *args)
+
+    monkeypatch.setattr(DDIMTeacher, "__call__", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config)
+    cut = distill(config)
+    for one, other in zip(whole, cut, strict=True):
+        expected = weights(one)
+        assert [key for key, tensor in weights(other).items() if not torch.equal(tensor, expected[key])] == []
+
+    with pytest.raises(ValueError, match=r"holds a run with guidance_scale=1.5, not 3.0"):
+        distill(dataclasses.replace(config, guidance_scale=3.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
+        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
+        ({"rounds": 9}, "9 rounds to 2 steps start at 1024, more than its 1000 levels"),
+        ({"teacher": "mnist", "guidance_scale": 2.0}, "guidance_scale=2.0: mnist is not class-conditional"),
+        ({"teacher": "mnist-class-conditional", "dataset_name": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_distilled(config, change, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        distill(dataclasses.replace(config, **change))
+    assert not config.output_dir.exists()
