@@ -1,8 +1,9 @@
-"""The quality tables: what the recipe's parts are worth, the tutorial's table, the samplers', that of our weights.
+"""The quality tables: the recipe's parts, the tutorial's table, samplers, distilled students, the weights that ship.
 
     python benchmarks/quality.py ablation     # each part of the recipe changed alone, at a small budget
     python benchmarks/quality.py tutorial     # the tutorial's training and ours, FID at epochs 10, 50, 100
     python benchmarks/quality.py samplers     # DDPM, DDIM, DPM-Solver++, UniPC on the weights that ship, by steps
+    python benchmarks/quality.py distillation # students of few steps beside their teacher, by steps, and a picture
     python benchmarks/quality.py weights      # train the weights that ship, and measure them
 
 Each writes `benchmarks/results/NAME.json` and `.md`, row by row: cut off, the same command goes on where it was. The
@@ -23,7 +24,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation import COLUMNS, EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.plots import sample_grid
 from mini_ddpm.training import TrainConfig, train
 
 # One part of the recipe changed at a time; the first row is the recipe.
@@ -75,7 +78,8 @@ class Args:
         split: Split of the reference images.
         num_inference_steps: Steps of DDIM, in all tables but that of the samplers.
         max_steps: Leaves out the samplers' rows of more steps.
-        pipelines: Pipelines of the samplers' table.
+        pipelines: Pipelines of the samplers' table; the first is the teacher of that of distillation.
+        students: What `mini-ddpm distill` wrote.
         train_batch_size: Images per step, but for the rows that change it.
         feature_extractor: inception, or a vision model of transformers.
         feature_dtype: Precision of the feature network.
@@ -87,7 +91,7 @@ class Args:
         results: Folder of the tables.
     """
 
-    table: tyro.conf.Positional[Literal["ablation", "tutorial", "samplers", "weights"]]
+    table: tyro.conf.Positional[Literal["ablation", "tutorial", "samplers", "distillation", "weights"]]
     dataset_name: str = "ylecun/mnist"
     only: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -97,6 +101,7 @@ class Args:
     num_inference_steps: int = 50
     max_steps: int = 1000
     pipelines: tuple[str, ...] = ("mnist-class-conditional", "mnist")
+    students: Path = Path("runs/distilled")
     train_batch_size: int = 64
     feature_extractor: str = "inception"
     feature_dtype: Literal["fp32", "bf16"] = "bf16"
@@ -194,6 +199,62 @@ def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
         yield from ({"variant": Path(pipeline).name, **row} for row in done)
 
 
+def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
+    """One row per number of steps: the teacher with DDIM and DPM-Solver++, guided as it was distilled; the student."""
+    folders = sorted(args.students.glob("steps-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    if not folders:
+        raise ValueError(f"There are no students in {args.students}. Make some: mini-ddpm distill --help.")
+    teacher, counts = args.pipelines[0], [int(folder.name.split("-")[1]) for folder in folders]
+    options: dict[str, Any] = {"output_dir": args.runs / "distillation" / "teacher"}
+    options |= {"guidance_scale": json.loads((folders[0] / "train_config.json").read_text())["guidance_scale"]}
+    if "default_num_inference_steps" in load_pipeline(teacher).config:
+        raise ValueError(f"{teacher} is a student itself.")
+    for folder, steps in zip(folders, counts, strict=True):
+        output_dir = args.runs / "distillation" / folder.name
+        yield {"variant": "student", **measure(args, str(folder), (steps,), output_dir=output_dir)[-1]}
+    steps_of_teacher = tuple(count for count in (*counts, 50) if count <= args.max_steps)
+    for row in measure(args, teacher, steps_of_teacher, ("ddim", "dpmsolver++"), **options):
+        if row["images"] != "generated" or row["num_inference_steps"] in steps_of_teacher:
+            yield {"variant": "teacher", **row}
+    picture(args, teacher, options["guidance_scale"], folders, counts)
+
+
+def picture(args: Args, teacher: str, guidance_scale: float, folders: list[Path], counts: list[int]) -> None:
+    """The ten classes from the same noise by each student, and by the teacher in 50 steps: RESULTS/distillation.png."""
+    drawn = []
+    for name, options in (*((str(folder), {}) for folder in folders), (teacher, {"guidance_scale": guidance_scale})):
+        pipe: Any = load_pipeline(name)
+        pipe.set_progress_bar_config(disable=True)
+        drawn.append(pipe(list(range(10)), generator=torch.Generator().manual_seed(0), **options).images)
+    titles = [f"{count} step{'s' * (count > 1)}" for count in counts] + ["50 steps"]
+    images = [column[i] for i in range(0, 10, 2) for column in drawn for i in (i, i + 1)]
+    labels = [title for _ in range(5) for title in titles for _ in range(2)]
+    sample_grid(images, labels, columns=2 * len(titles)).save(args.results / "distillation.png")
+
+
+def distillation_table(rows: list[dict[str, Any]]) -> str:
+    """By steps: FID, its ratio to the teacher's at 50 steps of DDIM, class accuracy, and time."""
+    distance = "fid" if "fid" in rows[-1] else "frechet_distance"
+    best = [row[distance] for row in rows if row.get("num_inference_steps") == 50 and "DDIM" in row["scheduler"]]
+    lines = [f"| Steps | Sampler | U-Net evaluations | {COLUMNS[distance][0]} | to the teacher's 50 steps | Recall |"]
+    lines[0] += " Class accuracy | Seconds per 1,000 images |"
+    lines.append("|--:|---|--:|--:|--:|--:|--:|--:|")
+    generated = [row for row in rows if row["images"] == "generated"]
+    for row in sorted(generated, key=lambda row: (row["num_inference_steps"], row["variant"], row["scheduler"])):
+        title = (
+            "**student**" if row["variant"] == "student" else "teacher, " + row["scheduler"].removesuffix("Scheduler")
+        )
+        ratio = f"{row[distance] / best[0]:.2f}" if best else ""
+        accuracy = f"{row['class_accuracy']:.2%}" if "class_accuracy" in row else ""
+        lines.append(
+            f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row[distance]:.2f} | {ratio} | "
+            f"{row['recall']:.3f} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
+        )
+    floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
+    guidance = next((f"Guidance {row['guidance_scale']:g}. " for row in rows if row.get("guidance_scale", 1) > 1), "")
+    return "\n".join(lines) + f"\n\n{floor}{guidance}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
+
+
 def weights(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """Trains the two pipelines that ship, the second from the first, and measures both against the reference."""
     shared: dict[str, Any] = {"mixed_precision": args.mixed_precision, "torch_compile": args.torch_compile}
@@ -217,6 +278,8 @@ def weights(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, by what was varied in front of the evaluation's own table."""
+    if any(row["variant"] == "student" for row in rows):
+        return distillation_table(rows)
     training = "training_seconds" in rows[-1]
     if not training:
         parts = []
