@@ -220,7 +220,7 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def picture(args: Args, teacher: str, guidance_scale: float, folders: list[Path], counts: list[int]) -> None:
-    """The ten classes from the same noise by each student, and by the teacher in 50 steps: RESULTS/distillation.png."""
+    """The ten classes from one noise, by each student and by the teacher in 50 steps: RESULTS/distillation.png."""
     drawn = []
     for name, options in (*((str(folder), {}) for folder in folders), (teacher, {"guidance_scale": guidance_scale})):
         pipe: Any = load_pipeline(name)
