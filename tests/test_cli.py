@@ -111,7 +111,8 @@ def test_module_runs_as_the_command():
     )
     assert answer.returncode == 2
     assert answer.stderr == (
-        "mini-ddpm: unknown command 'smaple'; choose one of sample, train, evaluate, card, push, verify, or --help\n"
+        "mini-ddpm: unknown command 'smaple'; choose one of sample, train, distill, evaluate, card, push, verify, "
+        "or --help\n"
     )
 
 

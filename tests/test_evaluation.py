@@ -816,8 +816,3 @@ def test_bad_arguments_are_one_line_and_exit_code_2(parts, tmp_path, capsys, pip
     assert captured.out == "" and lines == captured.err.splitlines()[-1:]
     assert message.format(**where) in lines[0]
     assert not (tmp_path / "out").exists()
-
-
-def test_nothing_to_measure_with():
-    with pytest.raises(ValueError, match="num_inference_steps is empty"):
-        EvaluateConfig("mnist", num_inference_steps=())
