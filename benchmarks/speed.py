@@ -1,0 +1,422 @@
+"""Speed beside peers, measured in one run, taking turns: python benchmarks/speed.py
+
+Sampling through each one's own pipeline, a training step, the host's share of a step, memory, start-up. Peers:
+diffusers' UNet2DModel as its course trains it on these images, with its own pipelines; denoising-diffusion-pytorch
+(`pip install denoising-diffusion-pytorch`; left out where it is not installed); the tutorial's network, repaired.
+
+All take turns, round after round, so that a machine that slows down slows all of them; a ratio is the median of the
+rounds' ratios, with the smallest and largest. Writes speed.json, speed.md and speed.png to `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm.auto import tqdm
+
+SIZE = 28
+Numbers = dict[str, list[float]]
+
+
+@dataclass
+class Args:
+    """Measure speed beside peers.
+
+    Attributes:
+        device: Where.
+        rounds: How often each is measured; all take turns.
+        num_inference_steps: Steps of sampling.
+        batch_sizes: Images drawn at once.
+        train_batch_size: Images of a training step.
+        compiled: Measure ours with torch.compile too.
+        only: Parts to run: sampling, training, scheduler, memory, process. None: all.
+        results: Folder of the results.
+        child: Used by the benchmark itself: draw with this one, and tell the memory it took.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    rounds: int = 5
+    num_inference_steps: int = 50
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    train_batch_size: int = 128
+    compiled: bool = True
+    only: tuple[str, ...] = ()
+    results: Path = Path("benchmarks/results")
+    child: str | None = None
+
+
+@dataclass
+class Contestant:
+    """What is measured: `draw(n)` makes n images, `loss(images)` is that of a training step."""
+
+    network: torch.nn.Module
+    draw: Callable[[int], Any]
+    loss: Callable[[torch.Tensor], torch.Tensor]
+    dtype: torch.dtype = torch.float32  # of sampling; training has autocast
+
+
+def ours(args: Args, preset: str = "mini", dtype: torch.dtype = torch.float32, compiled: bool = False) -> Contestant:
+    from mini_ddpm import MiniDDIMScheduler, MiniDDPMPipeline, MiniUNet2DModel
+    from mini_ddpm.training import compute_loss
+
+    network = MiniUNet2DModel.from_preset(preset, sample_size=SIZE, in_channels=1, out_channels=1)
+    network = network.to(args.device, dtype, memory_format=torch.channels_last).eval()
+    scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
+    pipe = MiniDDPMPipeline(network, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        network.compile()
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.randint(0, 1000, (len(images),), device=images.device)
+        return compute_loss(network, scheduler, images, torch.randn_like(images), timesteps)
+
+    def draw(count: int) -> Any:
+        return pipe(batch_size=count, num_inference_steps=args.num_inference_steps, output_type="np").images
+
+    return Contestant(network, draw, loss, dtype)
+
+
+def diffusers(args: Args) -> Contestant:
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=SIZE,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).to(args.device)
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    pipe = DDIMPipeline(network.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn_like(images)
+        timesteps = torch.randint(0, 1000, (len(images),), device=images.device)
+        return F.mse_loss(network(scheduler.add_noise(images, noise, timesteps), timesteps).sample, noise)
+
+    def draw(count: int) -> Any:
+        return pipe(batch_size=count, num_inference_steps=args.num_inference_steps, output_type="np").images
+
+    return Contestant(network, draw, loss)
+
+
+def lucidrains(args: Args) -> Contestant:
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
+    diffusion = GaussianDiffusion(
+        network, image_size=SIZE, timesteps=1000, sampling_timesteps=args.num_inference_steps
+    ).to(args.device)
+
+    def draw(count: int) -> Any:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bar cannot be turned off
+            return diffusion.sample(batch_size=count)
+
+    return Contestant(network.eval(), draw, lambda images: diffusion(images / 2 + 0.5))
+
+
+def contestants(args: Args) -> dict[str, Callable[[], Contestant]]:
+    """By name, how each is made; the first is ours."""
+    found: dict[str, Callable[[], Contestant]] = {
+        "mini-ddpm": lambda: ours(args),
+        "mini-ddpm, bf16": lambda: ours(args, dtype=torch.bfloat16),
+        "mini-ddpm, bf16, compiled": lambda: ours(args, dtype=torch.bfloat16, compiled=True),
+        "diffusers": lambda: diffusers(args),
+        "denoising-diffusion-pytorch": lambda: lucidrains(args),
+        "tutorial, repaired": lambda: ours(args, preset="tutorial-32"),
+    }
+    if not args.compiled:
+        del found["mini-ddpm, bf16, compiled"]
+    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+        print("denoising-diffusion-pytorch is not installed, and is left out.", file=sys.stderr)
+        del found["denoising-diffusion-pytorch"]
+    return found
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(args: Args, calls: dict[str, Callable[[], Any]], title: str) -> Numbers:
+    """The seconds that each call takes, round by round, after one to warm up."""
+    taken: Numbers = {name: [] for name in calls}
+    with tqdm(total=(args.rounds + 1) * len(calls), desc=title, disable=None) as bar:
+        for turn in range(args.rounds + 1):
+            for name, call in calls.items():
+                value = seconds(call, args.device)
+                if turn:
+                    taken[name].append(value)
+                bar.update()
+    return taken
+
+
+def sampling(args: Args) -> list[dict[str, Any]]:
+    """Images per second through each pipeline."""
+    made = {name: make() for name, make in contestants(args).items()}
+    rows = []
+    for count in args.batch_sizes:
+        calls = {name: lambda one=one, count=count: one.draw(count) for name, one in made.items()}
+        title = f"{args.num_inference_steps} steps, {count} images"
+        rows.append({"row": f"draw, {title}", "unit": "s", "values": take_turns(args, calls, title)})
+    rows += facts(made)
+    return rows
+
+
+def facts(made: dict[str, Contestant]) -> list[dict[str, Any]]:
+    """What the networks are: parameters, and operations of a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameters: Numbers = {}
+    flops: Numbers = {}
+    for name, one in made.items():
+        parameters[name] = [sum(parameter.numel() for parameter in one.network.parameters()) / 1e6]
+        parameter = next(one.network.parameters())
+        images = torch.randn(1, 1, SIZE, SIZE, device=parameter.device, dtype=parameter.dtype)
+        timesteps = torch.tensor([500], device=parameter.device)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            one.network(images, timesteps)
+        flops[name] = [counter.get_total_flops() / 1e9]
+    return [
+        {"row": "parameters", "unit": "million", "values": parameters},
+        {"row": "forward pass of an image", "unit": "GFLOP", "values": flops},
+    ]
+
+
+def peak(args: Args) -> dict[str, float]:
+    """This machine's matrix product, in TFLOP/s, by precision: what the shares are of."""
+    size = 1024 if args.device == "cpu" else 8192
+    speeds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2, size, size, device=args.device).to(dtype)
+        best = min(seconds(lambda a=a, b=b: a @ b, args.device) for _ in range(10))
+        speeds[name] = round(2 * size**3 / best / 1e12, 3)
+    return speeds
+
+
+def training(args: Args) -> list[dict[str, Any]]:
+    """A whole step of AdamW: forward, backward, update; ours in bf16 as `mini-ddpm train --mixed-precision bf16`."""
+    images = torch.rand(args.train_batch_size, 1, SIZE, SIZE, device=args.device) * 2 - 1
+    made = {name: make() for name, make in contestants(args).items() if name != "mini-ddpm, bf16"}
+    if args.compiled:
+        made["mini-ddpm, bf16, compiled"].network.float()
+    calls = {}
+    for name, one in made.items():
+        optimizer = torch.optim.AdamW(one.network.train().parameters(), lr=1e-4, fused=name.startswith("mini-ddpm"))
+
+        def step(one: Contestant = one, optimizer: Any = optimizer) -> None:
+            with torch.autocast(args.device, torch.bfloat16, enabled=one.dtype == torch.bfloat16):
+                loss = one.loss(images)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        calls[name] = step
+    title = f"a training step, batch {args.train_batch_size}"
+    return [{"row": title, "unit": "s", "values": take_turns(args, calls, title)}]
+
+
+def scheduler(args: Args) -> list[dict[str, Any]]:
+    """The host's time for a scheduler step of one small image, by which a GPU waits."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    from mini_ddpm import MiniDDIMScheduler, MiniDDPMScheduler
+
+    rows = []
+    sample, output = torch.randn(2, 1, 1, SIZE, SIZE, device=args.device)
+    for kind, classes in (
+        ("DDIM", {"mini-ddpm": MiniDDIMScheduler, "diffusers": DDIMScheduler}),
+        ("DDPM", {"mini-ddpm": MiniDDPMScheduler, "diffusers": DDPMScheduler}),
+    ):
+        calls = {}
+        for name, cls in classes.items():
+            one = cls(beta_schedule="squaredcos_cap_v2")
+            one.set_timesteps(args.num_inference_steps, device=args.device)
+
+            def steps(one: Any = one) -> None:
+                for _ in range(4):
+                    for t in one.timesteps:
+                        one.step(output, t, sample)
+
+            calls[name] = steps
+        values = take_turns(args, calls, f"{kind} steps")
+        count = 4 * args.num_inference_steps / 1e6
+        values = {name: [value / count for value in row] for name, row in values.items()}
+        rows.append({"row": f"a {kind} step of the scheduler", "unit": "us", "values": values})
+    return rows
+
+
+def memory(args: Args) -> list[dict[str, Any]]:
+    """Peak memory of a process that draws once, and of one that takes a training step."""
+    rows = []
+    for what in ("draw", "train"):
+        values = {}
+        for name in tqdm(contestants(args), desc=f"memory, {what}", disable=None):
+            if "bf16" not in name:
+                command = [sys.executable, __file__, "--child", f"{what}:{name}", "--device", args.device]
+                command += [
+                    "--train-batch-size",
+                    str(args.train_batch_size),
+                    "--batch-sizes",
+                    str(args.batch_sizes[-1]),
+                ]
+                answer = subprocess.run(command, capture_output=True, text=True, check=True)
+                values[name] = [float(answer.stdout.splitlines()[-1])]
+        count = args.batch_sizes[-1] if what == "draw" else args.train_batch_size
+        rows.append({"row": f"peak memory, {what} {count}", "unit": "GB", "values": values})
+    return rows
+
+
+def child(args: Args) -> None:
+    """Draws or trains, and prints the peak of this process's memory in GB."""
+    what, _, name = str(args.child).partition(":")
+    one = contestants(args)[name]()
+    if what == "draw":
+        one.draw(args.batch_sizes[-1])
+    else:
+        images = torch.rand(args.train_batch_size, 1, SIZE, SIZE, device=args.device) * 2 - 1
+        one.network.train()
+        one.loss(images).backward()  # type: ignore[no-untyped-call]
+    on_gpu = args.device == "cuda"
+    print(
+        torch.cuda.max_memory_allocated() / 1e9 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    )
+
+
+def process(args: Args) -> list[dict[str, Any]]:
+    """CPU seconds of whole processes, from start to the saved picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = [sys.executable, "-c"]
+        draw = [sys.executable, "-m", "mini_ddpm", "sample", "--device", args.device, "--out", f"{folder}/x.png"]
+        commands = {
+            "import torch": [*python, "import torch"],
+            "import torch, diffusers' base classes": [
+                *python,
+                "import torch; from diffusers import DiffusionPipeline, ModelMixin",
+            ],
+            "import torch, UNet2DModel, DDIMPipeline": [
+                *python,
+                "import torch; from diffusers import UNet2DModel, DDIMPipeline",
+            ],
+            "import mini_ddpm": [*python, "import mini_ddpm"],
+            "mini-ddpm sample, 1 image": [*draw, "--num-images", "1"],
+            "mini-ddpm sample, 64 images": [*draw, "--num-images", "64"],
+        }
+        values: Numbers = {name: [] for name in commands}
+        for turn in tqdm(range(args.rounds + 1), desc="processes", disable=None):
+            for name, command in commands.items():
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                subprocess.run(command, check=True, capture_output=True)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                if turn:
+                    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                    values[name].append(used)
+    return [{"row": "a whole process", "unit": "s of CPU", "values": values}]
+
+
+PARTS = {"sampling": sampling, "training": training, "scheduler": scheduler, "memory": memory, "process": process}
+
+
+def table(result: dict[str, Any]) -> str:
+    """One table per row of the results: the median of each, and how many times as much as ours it is."""
+    lines = []
+    for row in result["rows"]:
+        names = list(row["values"])
+        base = "import torch, diffusers' base classes" if names[0].startswith("import") else names[0]
+        lines += [f"\n**{row['row']}**\n", f"| | {row['unit']} | times {base} |", "|---|--:|--:|"]
+        for name, values in row["values"].items():
+            ratios = [value / ours for value, ours in zip(values, row["values"][base], strict=True)]
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 and name != base else ""
+            lines.append(f"| {name} | {statistics.median(values):.3g} | {statistics.median(ratios):.2f}{spread} |")
+    peaks = ", ".join(f"{speed:g} TFLOP/s in {name}" for name, speed in result["peak"].items())
+    return (
+        f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}; a matrix "
+        f"product here: {peaks}. Medians of {result['rounds']} rounds in which all took turns, with the smallest and "
+        "the largest ratio.\n" + "\n".join(lines) + "\n"
+    )
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Images per second by batch size, one bar each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if row["row"].startswith("draw")]
+    if not rows:
+        return
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        count = int(row["row"].split(",")[-1].split()[0])
+        names = list(row["values"])[::-1]
+        speeds = [count / statistics.median(row["values"][name]) for name in names]
+        axes.barh(names, speeds, color=["tab:blue" if "mini" in name else "tab:grey" for name in names])
+        axes.set(title=row["row"].removeprefix("draw, "), xlabel="images per second")
+        axes.bar_label(axes.containers[0], fmt="%.3g", padding=2)
+        axes.margins(x=0.15)
+    for axes in figure.axes[1:]:
+        axes.set_yticklabels([])
+    figure.savefig(file)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Runs the parts, and writes the results after each."""
+    import diffusers as host
+
+    if unknown := set(args.only) - set(PARTS):
+        raise ValueError(f"--only {sorted(unknown)[0]}: choose of {', '.join(PARTS)}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no such device here.")
+    torch.manual_seed(0)
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    result: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else machine,
+        "torch": torch.__version__,
+        "diffusers": host.__version__,
+        "date": datetime.date.today().isoformat(),
+        "rounds": args.rounds,
+        "peak": peak(args),
+        "rows": [],
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name, part in PARTS.items():
+        if not args.only or name in args.only:
+            result["rows"] += part(args)
+            (args.results / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            (args.results / "speed.md").write_text(table(result), encoding="utf-8")
+    plot(result, args.results / "speed.png")
+    print(table(result))
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        arguments = tyro.cli(Args, description=__doc__)
+        child(arguments) if arguments.child else main(arguments)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
