@@ -233,22 +233,21 @@ def picture(args: Args, teacher: str, guidance_scale: float, folders: list[Path]
 
 
 def distillation_table(rows: list[dict[str, Any]]) -> str:
-    """By steps: FID, its ratio to the teacher's at 50 steps of DDIM, class accuracy, and time."""
+    """By steps: FID and its ratio to that of the teacher at 50 steps of DDIM, KID, class accuracy, time."""
     distance = "fid" if "fid" in rows[-1] else "frechet_distance"
     best = [row[distance] for row in rows if row.get("num_inference_steps") == 50 and "DDIM" in row["scheduler"]]
-    lines = [f"| Steps | Sampler | U-Net evaluations | {COLUMNS[distance][0]} | to the teacher's 50 steps | Recall |"]
-    lines[0] += " Class accuracy | Seconds per 1,000 images |"
+    lines = [f"| Steps | Sampler | U-Net evaluations | {COLUMNS[distance][0]} | to the teacher's 50 steps |"]
+    lines[0] += f" {COLUMNS['kid'][0]} | Class accuracy | Seconds per 1,000 images |"
     lines.append("|--:|---|--:|--:|--:|--:|--:|--:|")
     generated = [row for row in rows if row["images"] == "generated"]
     for row in sorted(generated, key=lambda row: (row["num_inference_steps"], row["variant"], row["scheduler"])):
-        title = (
-            "**student**" if row["variant"] == "student" else "teacher, " + row["scheduler"].removesuffix("Scheduler")
-        )
+        sampler = row["scheduler"].removesuffix("Scheduler")
+        title = "**student**" if row["variant"] == "student" else f"teacher, {sampler}"
         ratio = f"{row[distance] / best[0]:.2f}" if best else ""
-        accuracy = f"{row['class_accuracy']:.2%}" if "class_accuracy" in row else ""
+        accuracy = COLUMNS["class_accuracy"][1].format(row["class_accuracy"]) if "class_accuracy" in row else ""
         lines.append(
             f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row[distance]:.2f} | {ratio} | "
-            f"{row['recall']:.3f} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
+            f"{COLUMNS['kid'][1].format(row['kid'])} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
         )
     floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
     guidance = next((f"Guidance {row['guidance_scale']:g}. " for row in rows if row.get("guidance_scale", 1) > 1), "")

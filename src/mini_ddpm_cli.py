@@ -39,8 +39,9 @@ _FILES_OF_A_SAMPLE_FOLDER = re.compile(r"\d{5,}(_[\w-]+)?\.png")
 class SampleConfig:
     """Draw images with a trained pipeline: without arguments, a labelled grid of digits in samples.png."""
 
-    pipeline: tyro.conf.Positional[str] = "mnist-class-conditional"
-    """A name that ships with the package (mnist, mnist-class-conditional), a folder, or a repository on the Hub."""
+    pipeline: tyro.conf.Positional[str | None] = None
+    """Name that ships with the package, folder, or repository on the Hub. None: mnist-distilled, in four steps; its
+    teacher, mnist-class-conditional, where steps, a sampler, eta, guidance or a film are asked for."""
 
     revision: str | None = None
     """Branch, tag, commit or refs/pr/N of a repository on the Hub. None: main."""
@@ -79,6 +80,16 @@ class SampleConfig:
     """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
 
 
+def pipeline_to_sample(config: SampleConfig) -> str:
+    """The pipeline asked for, or the one of ours that suits the rest: a student of few steps has only its own way."""
+    own_way = (config.num_inference_steps, config.scheduler, config.guidance_scale, config.eta or None)
+    if config.pipeline is not None:
+        return config.pipeline
+    if any(value is not None for value in own_way) or config.out.suffix.lower() in (".gif", ".webp"):
+        return "mnist-class-conditional"
+    return "mnist-distilled"
+
+
 def sample(config: SampleConfig) -> None:
     """Draw images with trained weights: a grid, a folder, arrays, or a film."""
     if config.num_images is not None and config.num_images < 1:
@@ -99,7 +110,8 @@ def sample(config: SampleConfig) -> None:
 
         device = hub.find_device(config.device)
         diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
-        pipe: Any = hub.load_pipeline(config.pipeline, dtype=hub.DTYPES[config.dtype], revision=config.revision)
+        name = pipeline_to_sample(config)
+        pipe: Any = hub.load_pipeline(name, dtype=hub.DTYPES[config.dtype], revision=config.revision)
         if config.scheduler is not None:
             pipe.scheduler = hub.replace_scheduler(pipe.scheduler, config.scheduler)
         pipe.to(device)
@@ -113,7 +125,7 @@ def sample(config: SampleConfig) -> None:
         options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
         if config.guidance_scale is not None:
             if labels is None:
-                raise ValueError(f"--guidance-scale: {config.pipeline} is not class-conditional")
+                raise ValueError(f"--guidance-scale: {name} is not class-conditional")
             options["guidance_scale"] = config.guidance_scale
 
         started = time.perf_counter()

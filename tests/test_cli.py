@@ -202,11 +202,29 @@ def test_film_has_a_frame_per_step(tmp_path, conditional, suffix):
         assert film.n_frames == 4
 
 
-@pytest.mark.parametrize("name", ["mnist", "mnist-class-conditional"])
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "mnist-distilled"),
+        (["--class-labels", "3", "--num-images", "5", "--seed", "1"], "mnist-distilled"),
+        (["--steps", "20"], "mnist-class-conditional"),
+        (["--scheduler", "unipc"], "mnist-class-conditional"),
+        (["--guidance-scale", "2"], "mnist-class-conditional"),
+        (["--eta", "1"], "mnist-class-conditional"),
+        (["--out", "film.webp"], "mnist-class-conditional"),
+        (["mnist-distilled", "--steps", "20"], "mnist-distilled"),
+    ],
+)
+def test_the_pipeline_that_is_taken_by_default(flags, name):
+    assert mini_ddpm_cli.pipeline_to_sample(mini_ddpm_cli.parse(["sample", *flags])) == name
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist-class-conditional", "mnist-distilled"])
 def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
     if not (PRETRAINED / name).is_dir():
         pytest.skip(f"the weights {name} are not in this checkout")
-    images = arrays(tmp_path, name, "--num-images", 4, "--steps", 10)["images"]
+    steps = [] if name == "mnist-distilled" else ["--steps", 10]
+    images = arrays(tmp_path, name, "--num-images", 4, *steps)["images"]
     assert images.shape == (4, 28, 28, 1)
     # Of real digits 19 % of the pixels carry ink and the outermost ring carries none.
     assert 0.08 < (images > 64).mean() < 0.3

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 import mini_ddpm
 import mini_ddpm_cli
-from mini_ddpm.evaluation import COLUMNS, markdown_table
+from mini_ddpm.evaluation import COLUMNS, _check_protocol, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -228,7 +228,7 @@ def test_commands_in_the_documents_run(tmp_path, monkeypatch):
         if not words or words[-1] in ("--help", "--version"):
             continue
         config = mini_ddpm_cli.parse(words)
-        shipped = words[0] == "sample" and (mini_ddpm.PRETRAINED / config.pipeline).is_dir()
+        shipped = words[0] == "sample" and (mini_ddpm.PRETRAINED / mini_ddpm_cli.pipeline_to_sample(config)).is_dir()
         if shipped and config.out.suffix not in drawn:
             drawn.add(config.out.suffix)
             steps = min(config.num_inference_steps or 3, 3)
@@ -257,6 +257,24 @@ def test_figures_in_the_readme_are_those_measured():
             for row, cell in ((drawn, table[title][column]), (floor, table[title][-1])):
                 if key in row:
                     assert cell == reading.format(row[key]), (name, title)
+
+
+def test_the_table_of_distillation_in_the_readme_is_that_of_its_run():
+    """`python benchmarks/quality.py distillation` writes the table; every row of it that README shows is from there."""
+    results = ROOT / "benchmarks" / "results"
+    table = (results / "distillation.md").read_text(encoding="utf-8").splitlines()
+    rows = json.loads((results / "distillation.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = readme[readme.index(table[0]) :]
+    shown = shown[: shown.index("")]
+    assert set(shown) <= set(table) and len(shown) > 8
+    for row in (row for row in rows if row["images"] == "generated"):
+        title = (
+            "**student**" if row["variant"] == "student" else "teacher, " + row["scheduler"].removesuffix("Scheduler")
+        )
+        cells = f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row['fid']:.2f} |"
+        assert any(line.startswith(cells) for line in table), cells
+    _check_protocol(rows)
 
 
 def test_documents_show_the_commands():

@@ -268,7 +268,7 @@ def distill(config: DistillConfig) -> list[Path]:
         training = dataclasses.replace(training, pretrained_model_name_or_path=teacher)
         # The students have the guidance in them.
         two_steps = DDIMTeacher(load_pipeline(teacher), steps, guidance_scale if teacher == config.teacher else 1.0)
-        two_steps.described["guidance_scale"] = guidance_scale
+        two_steps.described |= {"guidance_scale": guidance_scale, "distilled_from": config.teacher}
         folder = train(training, two_steps)
         if is_main and config.num_evaluation_images:
             _measure(config, folder)

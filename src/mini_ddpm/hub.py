@@ -430,10 +430,14 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
-    for key, names in (("dataset", "dataset_name"), ("started_from", "pretrained_model_name_or_path")):
+    for key, names in (
+        ("dataset", "dataset_name"),
+        ("started_from", "pretrained_model_name_or_path"),
+        ("distilled_from", "distilled_from"),
+    ):
         name = str(config.get(names))
         is_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-        if is_hub or (key == "started_from" and is_bundled(name)):  # a folder is nobody's business
+        if is_hub or (key != "dataset" and is_bundled(name)):  # a folder is nobody's business
             facts[key] = name
     log = folder / "train_log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
