@@ -260,7 +260,7 @@ def test_figures_in_the_readme_are_those_measured():
 
 
 def test_the_table_of_distillation_in_the_readme_is_that_of_its_run():
-    """`python benchmarks/quality.py distillation` writes the table; every row of it that README shows is from there."""
+    """`python benchmarks/quality.py distillation` writes the table; what README shows is rows of it."""
     results = ROOT / "benchmarks" / "results"
     table = (results / "distillation.md").read_text(encoding="utf-8").splitlines()
     rows = json.loads((results / "distillation.json").read_text(encoding="utf-8"))
