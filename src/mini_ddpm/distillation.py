@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from .data import image_dataset
 from .hub import find_device, load_pipeline
 from .scheduling_mini_ddim import MiniDDIMScheduler
 from .training import TrainConfig, compute_loss, train
@@ -250,6 +251,16 @@ def distill(config: DistillConfig) -> list[Path]:
         by_itself = pipe.config.get("default_guidance_scale", 1.5)
         guidance_scale = float(by_itself if config.guidance_scale is None else config.guidance_scale)
     counts = _step_counts(config, pipe)
+    dataset = image_dataset(
+        config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
+    )
+    theirs, classes = dataset.id2label or {}, pipe.config.get("id2label")
+    known = pipe.unet.config.num_class_embeds - 1 if conditional else 0  # the last label is the null label
+    if conditional and (len(theirs) != known or (classes or theirs) != theirs):
+        raise ValueError(
+            f"The classes of {config.dataset_name!r} ({', '.join(theirs.values()) or 'none'}) are not those that "
+            f"{config.teacher} knows ({', '.join((classes or {}).values()) or known}). Distil on its own images."
+        )
     # The margin that the teacher learned saturated pixels with, see `beyond_saturation`.
     margin = round(pipe.scheduler.config.clip_sample_range - 1, 6) if pipe.scheduler.config.clip_sample else 0.0
     margin = min(max(margin, 0.0), 1.0)
@@ -257,7 +268,8 @@ def distill(config: DistillConfig) -> list[Path]:
 
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
-        seconds = _estimate(config, DDIMTeacher(load_pipeline(config.teacher), counts[0], guidance_scale), trainings)
+        teaching = DDIMTeacher(load_pipeline(config.teacher), counts[0], guidance_scale)
+        seconds = _estimate(config, pipe.unet, teaching, trainings)
         print(
             f"{config.teacher}: {2 * counts[0]} steps to {', '.join(map(str, counts))}; about "
             f"{seconds / 60:.0f} minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
@@ -296,14 +308,13 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
     return [last * 2**i for i in reversed(range(rounds))]
 
 
-def _estimate(config: DistillConfig, teacher: DDIMTeacher, trainings: list[TrainConfig]) -> float:
-    """About how many seconds the rounds take, from one small batch of the first, without compilation."""
+def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainings: list[TrainConfig]) -> float:
+    """About how many seconds are left of the rounds, from one small batch of the first, without compilation."""
     device = find_device(config.device)
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
     cast = on_gpu if config.mixed_precision == "auto" else config.mixed_precision != "no"
-    pipe: Any = load_pipeline(config.teacher)
-    student = pipe.unet.to(device, memory_format=torch.channels_last).train()
+    student = student.to(device, memory_format=torch.channels_last).train()
     teacher.prepare(device, compiled=False)
     size = student.config.sample_size
     shape = (16, student.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -319,8 +330,11 @@ def _estimate(config: DistillConfig, teacher: DDIMTeacher, trainings: list[Train
         loss.backward()  # type: ignore[no-untyped-call]
         float(loss.detach())  # waits for the device
         seconds = time.perf_counter() - started
-    step_size = config.train_batch_size * config.gradient_accumulation_steps
-    return seconds / 16 * step_size * sum(training.max_train_steps or 0 for training in trainings)
+    steps_left = 0
+    for training in trainings:
+        checkpoints = [int(path.name.split("-")[1]) for path in training.output_dir.glob("checkpoint-*")]
+        steps_left += (training.max_train_steps or 0) - max(checkpoints, default=0)
+    return seconds / 16 * steps_left * config.train_batch_size * config.gradient_accumulation_steps
 
 
 def _measure(config: DistillConfig, folder: Path) -> None:
