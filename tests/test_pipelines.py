@@ -387,10 +387,34 @@ def test_a_name_without_names(tiny_unet):
         pipe("one")
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), None, "2"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2"])
 def test_bad_guidance_scale(labelled, scale):
     with pytest.raises(ValueError, match="`guidance_scale` must be a finite number"):
         labelled([1], guidance_scale=scale)
+
+
+def test_a_pipeline_can_bring_its_defaults(tiny_unet, tmp_path):
+    def calls(pipe, *args, **options):
+        pipe.set_progress_bar_config(disable=True)
+        pipe(*args, **options, output_type="latent")
+        return pipe.num_timesteps, getattr(pipe, "guidance_scale", None)
+
+    scheduler = MiniDDIMScheduler()
+    conditional = MiniDDPMClassConditionalPipeline(tiny_unet(), scheduler)
+    assert calls(conditional, [1]) == (50, 1.5)
+    assert "default_num_inference_steps" not in conditional.config  # so that nobody's pipeline meets an unknown key
+    few = MiniDDPMClassConditionalPipeline(
+        tiny_unet(), scheduler, default_num_inference_steps=2, default_guidance_scale=1.0
+    )
+    few.save_pretrained(tmp_path)
+    for pipe in (few, MiniDDPMClassConditionalPipeline.from_pretrained(tmp_path)):
+        assert calls(pipe, [1]) == (2, 1.0)
+        assert calls(pipe, [1], num_inference_steps=3, guidance_scale=2.0) == (3, 2.0)
+    plain = MiniDDPMPipeline(tiny_unet(num_class_embeds=None), scheduler, default_num_inference_steps=4)
+    assert calls(plain) == (4, None)
+    for bad in (0, -1, True, "4", float("nan")):
+        with pytest.raises(ValueError, match=r"`default_num_inference_steps` must be a number above 0, but is"):
+            MiniDDPMPipeline(plain.unet, scheduler, default_num_inference_steps=bad)
 
 
 # ---- Other arguments ------------------------------------------------------------------------------------------------
