@@ -40,7 +40,7 @@ evaluation: $(VENV)/dev.stamp runs/mnist-classifier/config.json  ## measure the 
 	$(EVALUATE) mnist --steps 50 --eta 1 --output-dir model_card/mnist
 	$(EVALUATE) mnist-class-conditional --steps 50 --eta 1 --guidance-scale 1 --classifier runs/mnist-classifier \
 	  --output-dir model_card/mnist-class-conditional
-	$(EVALUATE) mnist-distilled --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
+	$(EVALUATE) mnist-distilled --num-images 1000 --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
 	for name in $(SHIPPED); do cp model_card/$$name/evaluation.json src/mini_ddpm/pretrained/$$name/ || exit; done
 
 runs/mnist-classifier/config.json: | $(VENV)/dev.stamp
