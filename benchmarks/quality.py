@@ -228,7 +228,7 @@ def picture(args: Args, teacher: str, guidance_scale: float, folders: list[Path]
         pipe.set_progress_bar_config(disable=True)
         drawn.append(pipe(list(range(10)), generator=torch.Generator().manual_seed(0), **options).images)
     titles = [f"{count} step{'s' * (count > 1)}" for count in counts] + ["50 steps"]
-    images = [column[i] for i in range(0, 10, 2) for column in drawn for i in (i, i + 1)]
+    images = [column[k] for i in range(0, 10, 2) for column in drawn for k in (i, i + 1)]
     labels = [title for _ in range(5) for title in titles for _ in range(2)]
     sample_grid(images, labels, columns=2 * len(titles)).save(args.results / "distillation.png")
 
