@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from .data import image_dataset
-from .hub import find_device, load_pipeline
+from .hub import find_device, guidance_scale_of, load_pipeline
 from .scheduling_mini_ddim import MiniDDIMScheduler
 from .training import TrainConfig, compute_loss, train
 
@@ -244,12 +244,8 @@ def distill(config: DistillConfig) -> list[Path]:
     config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
     pipe: Any = load_pipeline(config.teacher)
     conditional = pipe.unet.config.num_class_embeds is not None
-    if config.guidance_scale is not None and not conditional:
-        raise ValueError(f"guidance_scale={config.guidance_scale}: {config.teacher} is not class-conditional.")
-    guidance_scale = 1.0
-    if conditional:
-        by_itself = pipe.config.get("default_guidance_scale", 1.5)
-        guidance_scale = float(by_itself if config.guidance_scale is None else config.guidance_scale)
+    scale = guidance_scale_of(pipe, config.teacher, config.guidance_scale)
+    guidance_scale = 1.0 if scale is None else float(scale)
     counts = _step_counts(config, pipe)
     dataset = image_dataset(
         config.dataset_name, config.split, config.image_column, config.label_column, config.resolution

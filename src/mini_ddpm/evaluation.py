@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
-from .hub import DTYPES, find_device, is_bundled, load_pipeline, replace_scheduler
+from .hub import DTYPES, find_device, guidance_scale_of, is_bundled, load_pipeline, replace_scheduler
 from .plots import evaluation_curves
 
 SHARD = 1000  # images that are cached together
@@ -513,7 +512,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             f"num_inference_steps={max(step_counts)} is more than the "
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
-    guidance_scale = _guidance_scale(config, pipe)
+    guidance_scale = guidance_scale_of(pipe, config.pipeline, config.guidance_scale)
     weights = _hash(pipe.unet.state_dict().items(), _settings_of(pipe.unet))[:16]
 
     # 1. The real images.
@@ -632,16 +631,6 @@ def _settings_of(part: Any) -> str:
 def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
     """Indices of as many real images as are drawn, at most `count`, by chance: folders are sorted by class."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
-
-
-def _guidance_scale(config: EvaluateConfig, pipe: Any) -> float | None:
-    """The scale that the pipeline will be called with, `None` where it takes none."""
-    takes_it = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
-    if not takes_it and config.guidance_scale is not None:
-        raise ValueError(f"guidance_scale={config.guidance_scale}: {config.pipeline} is not class-conditional.")
-    if not takes_it or config.guidance_scale is not None:
-        return config.guidance_scale
-    return float(pipe.config.get("default_guidance_scale", 1.5))
 
 
 def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor | None) -> torch.Tensor | None:

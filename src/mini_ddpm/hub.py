@@ -131,6 +131,20 @@ def replace_scheduler(scheduler: Any, name: str) -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
 
 
+def guidance_scale_of(pipe: Any, name: str, asked: float | None) -> float | None:
+    """Returns the scale that a pipeline will be called with: that asked for, else its own; `None` if it takes none.
+
+    Raises:
+        ValueError: One was asked for, and the pipeline called `name` takes none.
+    """
+    takes_it = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    if not takes_it and asked is not None:
+        raise ValueError(f"guidance_scale={asked}: {name} is not class-conditional.")
+    if not takes_it or asked is not None:
+        return asked
+    return float(pipe.config.get("default_guidance_scale", 1.5))
+
+
 def find_device(name: str) -> torch.device:
     """Returns the device called `name`: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.
 
