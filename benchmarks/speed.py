@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +125,12 @@ def diffusers(args: Args) -> Contestant:
 
 
 def lucidrains(args: Args) -> Contestant:
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    # Its trainer, which is not used here, needs torchvision: an empty one does, where there is none.
+    empty: Any = types.ModuleType("torchvision")
+    empty.transforms, empty.utils = types.ModuleType("transforms"), types.ModuleType("utils")
+    absent = importlib.util.find_spec("torchvision") is None
+    with unittest.mock.patch.dict(sys.modules, {"torchvision": empty} if absent else {}):
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
     diffusion = GaussianDiffusion(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_ddpm.unet_mini import PRESETS, MiniUNet2DModel, timestep_embedding
+from mini_ddpm.unet_mini import PRESETS, MiniGroupNorm, MiniUNet2DModel, timestep_embedding
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
@@ -114,12 +114,41 @@ def test_timestep_embedding_is_its_formula_also_in_half_precision():
         assert emb[0, 4 + i].item() == pytest.approx(math.sin(phase), abs=1e-4)
 
 
-def test_channels_last_changes_nothing():
-    unet, sample = tiny(), torch.randn(2, 1, 28, 28)
-    expected = unet(sample, 5).sample
-    torch.testing.assert_close(
-        unet.to(memory_format=torch.channels_last)(sample, 5).sample, expected, atol=1e-5, rtol=1e-4
-    )
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)]
+)
+def test_the_fast_group_norm_is_the_plain_one(dtype, tolerance):
+    norm = MiniGroupNorm(4, 12).to(dtype)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    plain = (torch.randn(3, 12, 5, 6) * torch.rand(12, 1, 1) + torch.randn(12, 1, 1)).to(dtype).requires_grad_()
+    fast = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
+    scale, shift = torch.randn(2, 3, 12, 1, 1, dtype=dtype)
+    weight = torch.randn(3, 12, 5, 6, dtype=dtype)
+    for arguments in ((), (scale, shift)):
+        expected, actual = norm(plain, *arguments), norm(fast, *arguments)
+        assert actual.dtype == dtype
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+        gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y, x in ((expected, plain), (actual, fast))]
+        assert (gradients[1] - gradients[0]).abs().max() <= 4 * tolerance * gradients[0].abs().max()
+
+
+def test_the_fast_path_of_the_network_is_the_plain_one(monkeypatch):
+    unet, sample, timesteps = tiny(), torch.randn(3, 1, 28, 20), torch.tensor([5, 500, 999])
+    fast = unet(sample, timesteps).sample
+    formats = []
+
+    def plain(norm, x, scale=None, shift=None):
+        formats.append(x.is_contiguous(memory_format=torch.channels_last))
+        x = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return x if scale is None else x * (1 + scale) + shift
+
+    monkeypatch.setattr(MiniGroupNorm, "forward", plain)
+    torch.testing.assert_close(unet(sample, timesteps).sample, fast, atol=1e-5, rtol=1e-4)
+    assert formats[0]  # what the stem makes on a CPU
+    unet.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(unet(sample, timesteps).sample, fast, atol=1e-5, rtol=1e-4)
 
 
 def test_images_of_a_batch_do_not_see_each_other():

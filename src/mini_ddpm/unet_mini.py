@@ -81,6 +81,34 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
     return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, dim)
 
 
+class MiniGroupNorm(nn.GroupNorm):
+    """Group normalization (1803.08494) under a scale and shift: `(1 + scale)·(w·(x - μ)/√(σ² + eps) + b) + shift`.
+
+    μ and σ² are those of one image and one group of channels. On a CPU, images in the memory format channels last are
+    normalized by sums over each channel and one multiplication and addition, in place of torch's own kernel, which
+    takes 3 to 15 times as long there.
+    """
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normalize `x` (B, D, H, W), then scale and shift it by (B, D, 1, 1); returns (B, D, H, W)."""
+        if x.is_cpu and not x.is_contiguous() and not torch.compiler.is_compiling():
+            pixels = x.flatten(2).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))  # (B, H·W, D)
+            sums = torch.stack([pixels.sum(1), pixels.square().sum(1)])  # (2, B, D)
+            sums = sums.unflatten(2, (self.num_groups, -1)).mean(3) / pixels.shape[1]  # (2, B, groups)
+            mean, variance = sums[0], (sums[1] - sums[0] ** 2).clamp(min=0)
+            width = x.shape[1] // self.num_groups
+            factor = (variance + self.eps).rsqrt().repeat_interleave(width, 1) * self.weight  # (B, D)
+            offset = self.bias - mean.repeat_interleave(width, 1) * factor
+            factor, offset = factor[:, :, None, None], offset[:, :, None, None]
+            if scale is not None and shift is not None:
+                factor, offset = factor * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+            return torch.addcmul(offset.to(x.dtype), x, factor.to(x.dtype))
+        x = super().forward(x)
+        return x if scale is None or shift is None else torch.addcmul(shift, x, 1 + scale)
+
+
 class MiniAttnProcessor:
     """Multi-head self-attention, `softmax(q k^T / sqrt(d)) v`, through the backend that diffusers dispatches to."""
 
@@ -120,7 +148,7 @@ class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
     def __init__(self, channels: int, head_dim: int, norm_num_groups: int, norm_eps: float, dropout: float) -> None:
         super().__init__()
         self.heads = channels // head_dim
-        self.norm = nn.GroupNorm(norm_num_groups, channels, eps=norm_eps)
+        self.norm = MiniGroupNorm(norm_num_groups, channels, eps=norm_eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -160,10 +188,10 @@ class MiniResnetBlock(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
+        self.norm1 = MiniGroupNorm(norm_num_groups, in_channels, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
+        self.norm2 = MiniGroupNorm(norm_num_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -173,7 +201,7 @@ class MiniResnetBlock(nn.Module):
         residual = self.conv_shortcut(hidden_states)
         hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
         scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)  # each (B, D, 1, 1)
-        hidden_states = F.silu(torch.addcmul(shift, self.norm2(hidden_states), 1 + scale))
+        hidden_states = F.silu(self.norm2(hidden_states, scale, shift))
         return residual + self.conv2(self.dropout(hidden_states))  # type: ignore[no-any-return]
 
 
@@ -383,7 +411,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
                 )
             )
 
-        self.norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=norm_eps)
+        self.norm_out = MiniGroupNorm(norm_num_groups, widths[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)
         # A new network predicts next to nothing, so its first loss is that of predicting the mean. At exactly nothing,
         # no other layer would get a gradient in the first step, and an adapter on them would change nothing.
@@ -497,7 +525,10 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         pad_h, pad_w = -height % patch, -width % patch
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
-        hidden_states = self.conv_in(F.pixel_unshuffle(sample, patch))  # (B, D_0, H/p, W/p)
+        sample = F.pixel_unshuffle(sample, patch)
+        if sample.is_cpu:  # its convolutions are fastest so, and what they are given decides the format of all that follows
+            sample = sample.contiguous(memory_format=torch.channels_last)
+        hidden_states = self.conv_in(sample)  # (B, D_0, H/p, W/p)
 
         # 3. Down, middle, up.
         skips: list[tuple[torch.Tensor, ...]] = []
