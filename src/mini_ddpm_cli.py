@@ -68,13 +68,17 @@ class SampleConfig:
     """Image i is drawn from seed + i, so it does not depend on --num-images or --batch-size."""
 
     batch_size: int = 128
-    """Images drawn at once; lower it when memory runs out."""
+    """Images drawn at once (all, in a film); lower it when memory runs out. Several batches are kept as they are done:
+    cut off, the same command goes on. `accelerate launch -m mini_ddpm sample` shares them among processes."""
 
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the network."""
+    """Precision of the network. bf16 is faster where the processor computes in it."""
+
+    torch_compile: bool = False
+    """Compile the network: a minute on a CPU, which pays from some thousand images on."""
 
     out: Path = Path("samples.png")
     """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
@@ -100,13 +104,18 @@ def sample(config: SampleConfig) -> None:
     if kind not in ("", ".png", ".npz", ".gif", ".webp"):
         raise ValueError(f"--out {config.out}: choose .png, .gif, .webp, .npz, or a name without suffix for a folder")
 
-    # The output is opened first: nobody should wait for images that cannot be written.
-    with _replacing(config.out, folder=kind == "") as target:
+    # With `accelerate launch` each process draws a share, and the first writes the images of all.
+    first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    parts = config.out.parent / f".{config.out.name}.parts"
+    with contextlib.ExitStack() as stack:
+        # The output is opened first: nobody should wait for images that cannot be written.
+        target = stack.enter_context(_replacing(config.out, folder=kind == "")) if first else config.out
         import numpy as np
         import torch
         from diffusers.utils import logging as diffusers_logging
 
         from mini_ddpm import hub, plots
+        from mini_ddpm.sampling import draw
 
         device = hub.find_device(config.device)
         diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
@@ -128,25 +137,41 @@ def sample(config: SampleConfig) -> None:
                 raise ValueError(f"--guidance-scale: {name} is not class-conditional")
             options["guidance_scale"] = config.guidance_scale
 
+        if config.torch_compile:
+            pipe.unet.compile()
+        several = count > config.batch_size or processes > 1
+        # disable=None: a bar on a terminal, none in a log file
+        pipe.set_progress_bar_config(desc=f"{count} images", disable=True if several and not film else None)
         started = time.perf_counter()
-        batches = []
-        for first in range(0, count, config.batch_size):
-            part = range(first, min(first + config.batch_size, count))
-            # disable=None: a bar on a terminal, none in a log file
-            pipe.set_progress_bar_config(desc=f"images {first + 1}-{part.stop} of {count}", disable=None)
-            if labels is None:
-                options["batch_size"] = len(part)
-            else:
-                options["class_labels"] = labels[part.start : part.stop]
-            generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in part]
-            batches.append(pipe(**options, generator=generator, output_type="np", return_trajectory=film))
-        seconds = time.perf_counter() - started
-
-        images = (np.concatenate([batch.images for batch in batches]) * 255).round().astype(np.uint8)  # (B, H, W, C)
         if film:
-            trajectory = torch.cat([batch.latents_trajectory for batch in batches], dim=1)
-            predictions = torch.cat([batch.pred_original_samples for batch in batches], dim=1)
-            plots.save_film(plots.denoising_film(trajectory, predictions, columns=columns), target)
+            which = {"batch_size": count} if labels is None else {"class_labels": labels}
+            generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in range(count)]
+            drawn = pipe(**options, **which, generator=generator, output_type="np", return_trajectory=True)
+            images = drawn.images
+        else:
+            try:
+                images, _, _ = draw(
+                    pipe,
+                    count,
+                    options,
+                    labels=labels,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    shard_size=config.batch_size,
+                    folder=parts if several else None,
+                    title=f"{count} images",
+                )
+            except KeyboardInterrupt:
+                if parts.is_dir():
+                    print(f"\nThe images drawn so far are kept in {parts}; the same command goes on.", file=sys.stderr)
+                raise
+            images = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+        seconds = time.perf_counter() - started
+        if not first:
+            return
+        if film:
+            frames = plots.denoising_film(drawn.latents_trajectory, drawn.pred_original_samples, columns=columns)
+            plots.save_film(frames, target)
         elif kind == ".png":
             plots.sample_grid(images, names, columns=columns).save(target)
         elif kind == ".npz":
@@ -154,6 +179,7 @@ def sample(config: SampleConfig) -> None:
             np.savez_compressed(target, **arrays | ({} if labels is None else {"class_labels": np.array(labels)}))
         else:
             _save_folder(target, images, names)
+    shutil.rmtree(parts, ignore_errors=True)
     height, width = images.shape[1:3]
     print(
         f"{config.out}: {count} images of {width}x{height}, {steps} steps of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -151,6 +152,68 @@ def test_an_image_depends_on_its_seed_alone(tmp_path, unconditional, scheduler):
     assert np.abs(whole.astype(int) - split).max() <= 1
     assert np.abs(whole[3:4].astype(int) - alone).max() <= 1
     assert np.abs(whole[0].astype(int) - whole[1]).max() > 10
+
+
+def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, capsys):
+    out, arguments = tmp_path / "cut.npz", ("--num-images", 9, "--batch-size", 2, "--steps", 2, "--device", "cpu")
+    whole = arrays(tmp_path, conditional, *arguments)
+    call, calls = MiniDDPMClassConditionalPipeline.__call__, []
+
+    def counted(self, labels, **options):
+        if len(calls) == 2 and interrupting:
+            raise KeyboardInterrupt
+        calls.append(labels)
+        return call(self, labels, **options)
+
+    monkeypatch.setattr(MiniDDPMClassConditionalPipeline, "__call__", lambda self, **o: counted(self, **rename(o)))
+    rename = lambda options: {"labels": options.pop("class_labels"), **options}  # noqa: E731
+    interrupting = True
+    assert run("sample", conditional, *arguments, "--out", out) == 130
+    assert f"kept in {tmp_path / '.cut.npz.parts'}; the same command goes on" in capsys.readouterr().err
+    assert not out.exists() and len(list(tmp_path.glob(".cut.npz.parts/*/*.npz"))) == 2
+    interrupting = False
+    calls.clear()
+    assert run("sample", conditional, *arguments, "--seed", 1, "--out", tmp_path / "cut.npz") == 0
+    assert len(calls) == 5  # another seed has other images
+    assert run("sample", conditional, *arguments, "--out", out) == 0
+    with np.load(out) as file:
+        assert all((file[name] == whole[name]).all() for name in ("images", "seeds", "class_labels"))
+    assert not list(tmp_path.glob(".cut*"))
+
+
+def test_what_was_drawn_before_the_cut_is_not_drawn_again(tmp_path, unconditional, monkeypatch):
+    arguments = ("sample", unconditional, "--num-images", 7, "--batch-size", 2, "--steps", 2, "--device", "cpu")
+    call, calls = MiniDDPMPipeline.__call__, []
+
+    def until(self, **options):
+        calls.append(options["batch_size"])
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return call(self, **options)
+
+    monkeypatch.setattr(MiniDDPMPipeline, "__call__", until)
+    assert run(*arguments, "--out", tmp_path / "x") == 2
+    assert run(*arguments, "--out", tmp_path / "x") == 0
+    assert calls == [2, 2, 2, 2, 1]
+    assert len(list((tmp_path / "x").iterdir())) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_processes_share_the_images_and_make_the_same(tmp_path, conditional):
+    arguments = ("--num-images", 7, "--batch-size", 2, "--steps", 2, "--eta", 1)
+    whole = arrays(tmp_path, conditional, *arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", "-m", "mini_ddpm", "sample", conditional, *map(str, arguments)]
+    command += ["--device", "cpu", "--out", str(tmp_path / "shared.npz")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("7 images of 8x8") == 1  # one process speaks
+    with np.load(tmp_path / "shared.npz") as file:
+        assert all((file[name] == whole[name]).all() for name in ("images", "seeds", "class_labels"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):

@@ -15,7 +15,6 @@ that was cut off goes on where it was, and what was measured once is not compute
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -24,16 +23,13 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import tyro
@@ -43,6 +39,7 @@ from tqdm.auto import tqdm
 from .data import ImageDataset, image_dataset, to_model_range
 from .hub import DTYPES, find_device, guidance_scale_of, is_bundled, load_pipeline, replace_scheduler
 from .plots import evaluation_curves
+from .sampling import Arrays, cached, content_hash, draw, weights_hash
 
 SHARD = 1000  # images that are cached together
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in arXiv 2002.09797
@@ -66,7 +63,6 @@ COLUMNS = {
     "unet_evaluations": ("U-Net evaluations", "{}"),
     "seconds_per_image": ("Seconds/image", "{:.3g}"),
 }
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -401,7 +397,7 @@ def transformers_extractor(
         features: torch.Tensor = pooled.flatten(1).float()
         return features
 
-    key = _hash(network.state_dict().items(), feature_dtype, settings)
+    key = content_hash(network.state_dict().items(), feature_dtype, settings)
     return FeatureExtractor(Path(name).name if Path(name).is_dir() else name, key, run)
 
 
@@ -426,14 +422,6 @@ def _preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], to
     return prepare, "" if processor is None else processor.to_json_string()
 
 
-def _hash(tensors: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
-    digest = hashlib.sha256("\n".join(texts).encode())
-    for key, tensor in tensors:
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 @torch.inference_mode()
 def extract_features(
     images: torch.Tensor,
@@ -455,34 +443,14 @@ def extract_features(
                 return {"features": torch.cat(parts).numpy()}
 
             end = len(features) * SHARD + len(shard)
-            features.append(
-                torch.from_numpy(_cached("features", [extractor.key, _digest(shard)], compute)["features"])
-            )
+            kept = cached(cache_folder() / "features", [extractor.key, _digest(shard)], compute)
+            features.append(torch.from_numpy(kept["features"]))
             bar.update(end - bar.n)
     return torch.cat(features)
 
 
 def _digest(images: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
-
-
-def _cached(kind: str, key: list[Any], compute: Callable[[], Arrays]) -> Arrays:
-    """Arrays out of the cache, or computed and put there: under a temporary name first, so that a file is whole."""
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    file = cache_folder() / kind / digest[:2] / f"{digest}.npz"
-    if file.is_file():
-        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), np.load(file) as arrays:  # or it is damaged
-            return dict(arrays)
-    computed = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, **computed)  # type: ignore[arg-type]
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return computed
 
 
 # ---- The measuring -------------------------------------------------------------------------------------------------
@@ -513,7 +481,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
     guidance_scale = guidance_scale_of(pipe, config.pipeline, config.guidance_scale)
-    weights = _hash(pipe.unet.state_dict().items(), _settings_of(pipe.unet))[:16]
+    weights = weights_hash(pipe)
 
     # 1. The real images.
     reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
@@ -582,7 +550,8 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         if train_images is not None:
             if radii is None:
                 key = [_digest(train_images)]
-                radii = _cached("radii", key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
+                folder = cache_folder() / "radii"
+                radii = cached(folder, key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
             figures["memorization"] = round(memorization(drawn, train_images, torch.from_numpy(radii)), 4)
         return figures
 
@@ -612,20 +581,26 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     for scheduler in schedulers:
         for steps in step_counts:
             pipe.scheduler = scheduler
-            drawn, seconds, evaluations = _draw(config, pipe, steps, guidance_scale, labels, weights)
+            options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
+            options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            drawn, seconds, evaluations = draw(
+                pipe,
+                config.num_images,
+                options,
+                labels=None if labels is None else labels.tolist(),
+                seed=config.seed,
+                batch_size=config.batch_size,
+                shard_size=SHARD,
+                folder=cache_folder() / "samples",
+                title=f"Drawing, {steps} steps of {type(scheduler).__name__}",
+            )
             row = {"images": "generated", "weights": weights}
-            row |= {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, "eta": config.eta}
-            row |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            row |= {"scheduler": type(scheduler).__name__, **options}
             row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}
             row |= measure(f"{steps} steps of {type(scheduler).__name__}", drawn) | against_training(drawn, labels)
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
             add(row)
     return rows
-
-
-def _settings_of(part: Any) -> str:
-    """The configuration of a network or scheduler, without where it was loaded from and by which version."""
-    return json.dumps({key: value for key, value in part.config.items() if key[0] != "_"}, default=str, sort_keys=True)
 
 
 def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
@@ -645,46 +620,6 @@ def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor |
     order = torch.cat([torch.randperm(len(reference), generator=generator) for _ in range(rounds)])
     chosen: torch.Tensor = reference[order[: config.num_images]]
     return chosen
-
-
-def _draw(
-    config: EvaluateConfig,
-    pipe: Any,
-    steps: int,
-    guidance_scale: float | None,
-    labels: torch.Tensor | None,
-    weights: str,
-) -> tuple[torch.Tensor, float, int]:
-    """Images as bytes (N, C, H, W), the seconds that they took, and the network's evaluations for each of them."""
-    options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
-    if guidance_scale is not None:
-        options["guidance_scale"] = guidance_scale
-    scheduler = [type(pipe.scheduler).__name__, _settings_of(pipe.scheduler)]
-    key = [weights, *scheduler, options, config.dtype, pipe.device.type]
-    shards = []
-    title = f"Drawing, {steps} steps of {type(pipe.scheduler).__name__}"
-    with tqdm(total=config.num_images, desc=title, unit="img", disable=None) as bar:
-        for first in range(0, config.num_images, SHARD):
-            end = min(first + SHARD, config.num_images)
-
-            def compute(first: int = first, end: int = end) -> Arrays:
-                parts, started = [], time.perf_counter()
-                for start in range(first, end, config.batch_size):
-                    part = range(start, min(start + config.batch_size, end))
-                    which = {"batch_size": len(part)} if labels is None else {"class_labels": labels[list(part)]}
-                    generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in part]
-                    drawn = pipe(**options, **which, generator=generator, output_type="pt").images
-                    parts.append((drawn * 255).round().to("cpu", torch.uint8))
-                    bar.update(len(part))
-                seconds = time.perf_counter() - started
-                evaluations = pipe.num_timesteps * (2 if (guidance_scale or 0) > 1 else 1)
-                return {"images": torch.cat(parts).numpy(), "cost": np.array([seconds, evaluations])}
-
-            classes = None if labels is None else labels[first:end].tolist()
-            shards.append(_cached("samples", [*key, config.seed + first, end - first, classes], compute))
-            bar.update(end - bar.n)
-    images = torch.from_numpy(np.concatenate([shard["images"] for shard in shards]))
-    return images, float(sum(shard["cost"][0] for shard in shards)), int(shards[0]["cost"][1])
 
 
 def _classifier(name: str, reference: ImageDataset, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

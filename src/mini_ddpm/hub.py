@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -148,12 +149,18 @@ def guidance_scale_of(pipe: Any, name: str, asked: float | None) -> float | None
 def find_device(name: str) -> torch.device:
     """Returns the device called `name`: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps.
 
+    With auto each of the processes that `accelerate launch` starts has a GPU of its own.
+
     Raises:
         ValueError: The name is none of these, or there is no such device here.
     """
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in found.items() if there))
+        kind = next(kind for kind, there in found.items() if there)
+        rank = os.environ.get("LOCAL_RANK")
+        if kind == "cuda" and rank is not None:
+            return torch.device(kind, int(rank) % torch.cuda.device_count())
+        return torch.device(kind)
     kind, _, index = name.partition(":")
     if kind not in found or (index and not index.isdigit()):
         raise ValueError(f"--device {name}: choose auto, cpu, cuda, cuda:N or mps")

@@ -96,7 +96,7 @@ class MiniGroupNorm(nn.GroupNorm):
         if x.is_cpu and not x.is_contiguous() and not torch.compiler.is_compiling():
             pixels = x.flatten(2).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))  # (B, H·W, D)
             sums = torch.stack([pixels.sum(1), pixels.square().sum(1)])  # (2, B, D)
-            sums = sums.unflatten(2, (self.num_groups, -1)).mean(3) / pixels.shape[1]  # (2, B, groups)
+            sums = sums.view(2, len(x), self.num_groups, -1).mean(3) / pixels.shape[1]  # (2, B, groups)
             mean, variance = sums[0], (sums[1] - sums[0] ** 2).clamp(min=0)
             width = x.shape[1] // self.num_groups
             factor = (variance + self.eps).rsqrt().repeat_interleave(width, 1) * self.weight  # (B, D)
@@ -526,7 +526,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
         sample = F.pixel_unshuffle(sample, patch)
-        if sample.is_cpu:  # its convolutions are fastest so, and what they are given decides the format of all that follows
+        if sample.is_cpu:  # where convolutions are fastest so; what follows keeps the format of the input
             sample = sample.contiguous(memory_format=torch.channels_last)
         hidden_states = self.conv_in(sample)  # (B, D_0, H/p, W/p)
 
