@@ -49,7 +49,7 @@ class Args:
         batch_sizes: Images drawn at once.
         train_batch_size: Images of a training step.
         compiled: Measure ours with torch.compile too.
-        only: Parts to run: sampling, training, scheduler, memory, process. None: all.
+        only: Parts to run: sampling, training, scheduler, memory, process, scaling. None: all.
         results: Folder of the results.
         child: Used by the benchmark itself: draw with this one, and tell the memory it took.
     """
@@ -80,7 +80,7 @@ def ours(args: Args, preset: str = "mini", dtype: torch.dtype = torch.float32, c
     from mini_ddpm.training import compute_loss
 
     network = MiniUNet2DModel.from_preset(preset, sample_size=SIZE, in_channels=1, out_channels=1)
-    network = network.to(args.device, dtype, memory_format=torch.channels_last).eval()
+    network = network.to(args.device, dtype).eval()
     scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
     pipe = MiniDDPMPipeline(network, scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -347,7 +347,37 @@ def process(args: Args) -> list[dict[str, Any]]:
     return [{"row": "a whole process", "unit": "s of CPU", "values": values}]
 
 
-PARTS = {"sampling": sampling, "training": training, "scheduler": scheduler, "memory": memory, "process": process}
+def scaling(args: Args) -> list[dict[str, Any]]:
+    """Seconds in which `mini-ddpm sample` draws, start-up not counted, by processes and threads of each."""
+    count = args.batch_sizes[-1] * 4
+    with tempfile.TemporaryDirectory() as folder:
+        sample = ["-m", "mini_ddpm", "sample", "mnist", "--device", args.device, "--out", f"{folder}/x.npz"]
+        sample += ["--num-images", str(count), "--batch-size", str(max(1, count // 8))]
+        sample += ["--steps", str(args.num_inference_steps)]
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        threads = len(os.sched_getaffinity(0))
+        setups = {"1 process, 1 thread": (1, [])}
+        if threads > 1:
+            setups[f"1 process, {threads} threads"] = (threads, [])
+            setups[f"{threads} processes, 1 thread each"] = (1, [*many, str(threads)])
+        values: Numbers = {name: [] for name in setups}
+        for _ in tqdm(range(args.rounds), desc="processes that share", disable=None):
+            for name, (each, launcher) in setups.items():
+                environment = {**os.environ, "OMP_NUM_THREADS": str(each)}
+                command = [sys.executable, *launcher, *sample]
+                answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                values[name].append(float(answer.stdout.rpartition(" s,")[0].rpartition(" ")[2]))
+    return [{"row": f"{count} images by processes that share them", "unit": "s", "values": values}]
+
+
+PARTS = {
+    "sampling": sampling,
+    "training": training,
+    "scheduler": scheduler,
+    "memory": memory,
+    "process": process,
+    "scaling": scaling,
+}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -159,6 +159,7 @@ def sample(config: SampleConfig) -> None:
                     batch_size=config.batch_size,
                     shard_size=config.batch_size,
                     folder=parts if several else None,
+                    shared=True,
                     title=f"{count} images",
                 )
             except KeyboardInterrupt:

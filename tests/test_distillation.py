@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,6 +249,28 @@ def test_the_students_take_their_own_steps_once_each(config):
     assert one.name == "steps-1"
     with pytest.raises(ValueError, match=r"takes 4 steps; 1 halvings of 6 lead to 3. Choose --to of 2, 1."):
         distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
+
+
+def test_two_processes_are_one_with_twice_the_batch(config):
+    config = dataclasses.replace(config, images_per_round=160)
+    (one, *_) = distill(dataclasses.replace(config, rounds=1))
+    two = config.output_dir.with_name("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", "-m", "mini_ddpm", "distill", config.teacher, "--to", "2", "--rounds", "1"]
+    command += ["--dataset-name", config.dataset_name, "--output-dir", str(two), "--images-per-round", "160"]
+    command += ["--train-batch-size", "16", "--learning-rate", str(config.learning_rate), "--log-with", "none"]
+    command += ["--device", "cpu", "--mixed-precision", "no"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("distilled; draw from it with") == 1
+    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 1, 0])
+    predictions = [load_pipeline(folder).unet(sample, timesteps, labels).sample for folder in (one, two / "steps-2")]
+    torch.testing.assert_close(*predictions, atol=1e-3, rtol=0)
+    log = (two / "steps-2" / "train_log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["images"] == json.loads((one / "train_log.jsonl").read_text().splitlines()[-1])["images"]
 
 
 @pytest.mark.parametrize("calls", [5, 25, 45])  # in the first round; in the second, before and after a checkpoint

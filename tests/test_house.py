@@ -40,7 +40,7 @@ PORTABLE = [
 # A module imports those of lower rank, and of its own rank where that makes no circle.
 RANK = {
     **dict.fromkeys(["mini_ddpm_cli", "__main__"], 3),
-    **dict.fromkeys(["__init__", "training", "distillation", "evaluation", "plots", "hub"], 2),
+    **dict.fromkeys(["__init__", "training", "distillation", "sampling", "evaluation", "plots", "hub"], 2),
     "data": 1,
     **dict.fromkeys(PORTABLE, 0),
 }

@@ -75,6 +75,7 @@ def draw(
     batch_size: int = 250,
     shard_size: int = 1000,
     folder: Path | None = None,
+    shared: bool = False,
     title: str = "Drawing",
 ) -> tuple[torch.Tensor, float, int]:
     """Draws images, or takes those that were drawn before.
@@ -87,14 +88,17 @@ def draw(
         seed: Image i is drawn with a generator of seed + i.
         batch_size: Images drawn at once.
         shard_size: Images in one file.
-        folder: Where the shards are kept, on a disk that all processes see. None: nowhere; for one process.
+        folder: Where the shards are kept. None: nowhere.
+        shared: Whether the processes share the work, as all of them call this; `folder` is then on a disk that all see.
         title: What the progress bar says.
 
     Returns:
-        The images as bytes, (N, C, H, W) uint8, in every process; the seconds that drawing them took, added up over
+        The images as bytes, (N, C, H, W) uint8; the seconds that drawing them took, added up over
         processes and runs; and the network's evaluations for an image.
     """
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, processes = 0, 1
+    if shared:
+        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = next((name for name, dtype in DTYPES.items() if dtype == pipe.unet.dtype), str(pipe.unet.dtype))
     key = [weights_hash(pipe), type(pipe.scheduler).__name__, settings_of(pipe.scheduler), options, dtype]
     key.append(pipe.device.type)
