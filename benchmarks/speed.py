@@ -97,7 +97,7 @@ def ours(args: Args, preset: str = "mini", dtype: torch.dtype = torch.float32, c
     return Contestant(network, draw, loss, dtype)
 
 
-def diffusers(args: Args) -> Contestant:
+def diffusers(args: Args, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Contestant:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     network = UNet2DModel(
@@ -108,10 +108,12 @@ def diffusers(args: Args) -> Contestant:
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).to(args.device)
+    ).to(args.device, dtype)
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     pipe = DDIMPipeline(network.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        network.compile()
 
     def loss(images: torch.Tensor) -> torch.Tensor:
         noise = torch.randn_like(images)
@@ -121,7 +123,7 @@ def diffusers(args: Args) -> Contestant:
     def draw(count: int) -> Any:
         return pipe(batch_size=count, num_inference_steps=args.num_inference_steps, output_type="np").images
 
-    return Contestant(network, draw, loss)
+    return Contestant(network, draw, loss, dtype)
 
 
 def lucidrains(args: Args) -> Contestant:
@@ -151,11 +153,12 @@ def contestants(args: Args) -> dict[str, Callable[[], Contestant]]:
         "mini-ddpm, bf16": lambda: ours(args, dtype=torch.bfloat16),
         "mini-ddpm, bf16, compiled": lambda: ours(args, dtype=torch.bfloat16, compiled=True),
         "diffusers": lambda: diffusers(args),
+        "diffusers, bf16, compiled": lambda: diffusers(args, dtype=torch.bfloat16, compiled=True),
         "denoising-diffusion-pytorch": lambda: lucidrains(args),
         "tutorial, repaired": lambda: ours(args, preset="tutorial-32"),
     }
     if not args.compiled:
-        del found["mini-ddpm, bf16, compiled"]
+        found = {name: make for name, make in found.items() if "compiled" not in name}
     if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
         print("denoising-diffusion-pytorch is not installed, and is left out.", file=sys.stderr)
         del found["denoising-diffusion-pytorch"]
@@ -230,10 +233,9 @@ def training(args: Args) -> list[dict[str, Any]]:
     """A whole step of AdamW: forward, backward, update; ours in bf16 as `mini-ddpm train --mixed-precision bf16`."""
     images = torch.rand(args.train_batch_size, 1, SIZE, SIZE, device=args.device) * 2 - 1
     made = {name: make() for name, make in contestants(args).items() if name != "mini-ddpm, bf16"}
-    if args.compiled:
-        made["mini-ddpm, bf16, compiled"].network.float()
     calls = {}
     for name, one in made.items():
+        one.network.float()
         optimizer = torch.optim.AdamW(one.network.train().parameters(), lr=1e-4, fused=name.startswith("mini-ddpm"))
 
         def step(one: Contestant = one, optimizer: Any = optimizer) -> None:
@@ -431,7 +433,11 @@ def main(args: Args) -> dict[str, Any]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no such device here.")
     torch.manual_seed(0)
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    model = "CPU"
+    with contextlib.suppress(OSError):  # Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    machine = f"{model} ({platform.machine()}), {torch.get_num_threads()} threads"
     result: dict[str, Any] = {
         "machine": torch.cuda.get_device_name() if args.device == "cuda" else machine,
         "torch": torch.__version__,

@@ -270,7 +270,9 @@ def test_two_processes_are_one_with_twice_the_batch(config):
     predictions = [load_pipeline(folder).unet(sample, timesteps, labels).sample for folder in (one, two / "steps-2")]
     torch.testing.assert_close(*predictions, atol=1e-3, rtol=0)
     log = (two / "steps-2" / "train_log.jsonl").read_text().splitlines()
-    assert json.loads(log[-1])["images"] == json.loads((one / "train_log.jsonl").read_text().splitlines()[-1])["images"]
+    assert (
+        json.loads(log[-1])["images"] == json.loads((one / "train_log.jsonl").read_text().splitlines()[-1])["images"]
+    )
 
 
 @pytest.mark.parametrize("calls", [5, 25, 45])  # in the first round; in the second, before and after a checkpoint

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -535,12 +536,18 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     def measure(title: str, drawn: torch.Tensor) -> dict[str, float]:
         features = extract_features(drawn, extractor, title, device, config.batch_size)
+
+        def compute() -> Arrays:
+            figures = {distance: frechet_distance(real_features, features)}
+            kid, kid_std = kernel_distance(real_features, features, config.seed)
+            figures |= {"kid": 1000 * kid, "kid_std": 1000 * kid_std}
+            figures |= precision_recall_density_coverage(real_features, features)
+            return {name: np.array(float(f"{value:.6g}")) for name, value in figures.items()}
+
         distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
-        figures = {distance: frechet_distance(real_features, features)}
-        kid, kid_std = kernel_distance(real_features, features, config.seed)
-        figures |= {"kid": 1000 * kid, "kid_std": 1000 * kid_std}
-        figures |= precision_recall_density_coverage(real_features, features)
-        return {name: float(f"{value:.6g}") for name, value in figures.items()}
+        formulas = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        key = [extractor.key, _digest(reference_images), _digest(drawn), config.seed, formulas]
+        return {name: float(value) for name, value in cached(cache_folder() / "figures", key, compute).items()}
 
     def against_training(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
         nonlocal radii

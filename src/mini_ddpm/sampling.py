@@ -89,7 +89,7 @@ def draw(
         batch_size: Images drawn at once.
         shard_size: Images in one file.
         folder: Where the shards are kept. None: nowhere.
-        shared: Whether the processes share the work, as all of them call this; `folder` is then on a disk that all see.
+        shared: Whether processes share the work, all of which call this; `folder` is then on a disk that all see.
         title: What the progress bar says.
 
     Returns:
