@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
@@ -193,9 +195,17 @@ def sampling(args: Args) -> list[dict[str, Any]]:
     for count in args.batch_sizes:
         calls = {name: lambda one=one, count=count: one.draw(count) for name, one in made.items()}
         title = f"{args.num_inference_steps} steps, {count} images"
-        rows.append({"row": f"draw, {title}", "unit": "s", "values": take_turns(args, calls, title)})
-    rows += facts(made)
-    return rows
+        values = take_turns(args, calls, title)
+        column = f"{count} image{'s' * (count > 1)}, s"
+        rows.append({"row": f"draw, {title}", "unit": "s", "values": values, "column": column})
+    parameters, flops = facts(made)
+    shares = {}
+    for name, one in made.items():
+        work = flops["values"][name][0] / 1e3 * args.batch_sizes[-1] * args.num_inference_steps  # TFLOP
+        speed = peak(args.device)["bf16" if one.dtype == torch.bfloat16 else "fp32"]
+        shares[name] = [100 * work / value / speed for value in values[name]]
+    share = {"row": f"share of a matrix product's speed, {title}", "unit": "%", "values": shares}
+    return [parameters, flops, *rows, share | {"column": "% of the peak"}]
 
 
 def facts(made: dict[str, Contestant]) -> list[dict[str, Any]]:
@@ -213,18 +223,19 @@ def facts(made: dict[str, Contestant]) -> list[dict[str, Any]]:
             one.network(images, timesteps)
         flops[name] = [counter.get_total_flops() / 1e9]
     return [
-        {"row": "parameters", "unit": "million", "values": parameters},
-        {"row": "forward pass of an image", "unit": "GFLOP", "values": flops},
+        {"row": "parameters", "unit": "million", "values": parameters, "column": "Parameters, M"},
+        {"row": "forward pass of an image", "unit": "GFLOP", "values": flops, "column": "GFLOP an image"},
     ]
 
 
-def peak(args: Args) -> dict[str, float]:
+@functools.cache
+def peak(device: str) -> dict[str, float]:
     """This machine's matrix product, in TFLOP/s, by precision: what the shares are of."""
-    size = 1024 if args.device == "cpu" else 8192
+    size = 1024 if device == "cpu" else 8192
     speeds = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, size, size, device=args.device).to(dtype)
-        best = min(seconds(lambda a=a, b=b: a @ b, args.device) for _ in range(10))
+        a, b = torch.randn(2, size, size, device=device).to(dtype)
+        best = min(seconds(lambda a=a, b=b: a @ b, device) for _ in range(10))
         speeds[name] = round(2 * size**3 / best / 1e12, 3)
     return speeds
 
@@ -247,7 +258,8 @@ def training(args: Args) -> list[dict[str, Any]]:
 
         calls[name] = step
     title = f"a training step, batch {args.train_batch_size}"
-    return [{"row": title, "unit": "s", "values": take_turns(args, calls, title)}]
+    row = {"row": title, "unit": "s", "values": take_turns(args, calls, title)}
+    return [row | {"column": "Training, images/s", "images": args.train_batch_size}]
 
 
 def scheduler(args: Args) -> list[dict[str, Any]]:
@@ -297,7 +309,8 @@ def memory(args: Args) -> list[dict[str, Any]]:
                 answer = subprocess.run(command, capture_output=True, text=True, check=True)
                 values[name] = [float(answer.stdout.splitlines()[-1])]
         count = args.batch_sizes[-1] if what == "draw" else args.train_batch_size
-        rows.append({"row": f"peak memory, {what} {count}", "unit": "GB", "values": values})
+        column = f"Memory, {what} {count}, GB"
+        rows.append({"row": f"peak memory, {what} {count}", "unit": "GB", "values": values, "column": column})
     return rows
 
 
@@ -358,7 +371,7 @@ def scaling(args: Args) -> list[dict[str, Any]]:
         sample += ["--steps", str(args.num_inference_steps)]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         threads = len(os.sched_getaffinity(0))
-        setups = {"1 process, 1 thread": (1, [])}
+        setups: dict[str, tuple[int, list[str]]] = {"1 process, 1 thread": (1, [])}
         if threads > 1:
             setups[f"1 process, {threads} threads"] = (threads, [])
             setups[f"{threads} processes, 1 thread each"] = (1, [*many, str(threads)])
@@ -382,8 +395,22 @@ PARTS = {
 }
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The medians of what has a column of its own, a line for each contestant."""
+    shown = [row for row in rows if "column" in row]
+    lines = ["| | " + " | ".join(row["column"] for row in shown) + " |", "|---|" + "--:|" * len(shown)]
+    for name in dict.fromkeys(name for row in shown for name in row["values"]):
+        cells = []
+        for row in shown:
+            median = statistics.median(row["values"].get(name, [math.nan]))
+            value = row["images"] / median if "images" in row else median
+            cells.append("" if math.isnan(value) else f"{value:.3g}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if shown else ""
+
+
 def table(result: dict[str, Any]) -> str:
-    """One table per row of the results: the median of each, and how many times as much as ours it is."""
+    """The summary, and one table per row of the results: the medians, and how many times as much as ours each is."""
     lines = []
     for row in result["rows"]:
         names = list(row["values"])
@@ -397,7 +424,7 @@ def table(result: dict[str, Any]) -> str:
     return (
         f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}; a matrix "
         f"product here: {peaks}. Medians of {result['rounds']} rounds in which all took turns, with the smallest and "
-        "the largest ratio.\n" + "\n".join(lines) + "\n"
+        "the largest ratio.\n\n" + summary(result["rows"]) + "\n".join(lines) + "\n"
     )
 
 
@@ -444,7 +471,7 @@ def main(args: Args) -> dict[str, Any]:
         "diffusers": host.__version__,
         "date": datetime.date.today().isoformat(),
         "rounds": args.rounds,
-        "peak": peak(args),
+        "peak": peak(args.device),
         "rows": [],
     }
     args.results.mkdir(parents=True, exist_ok=True)
