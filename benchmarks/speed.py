@@ -50,7 +50,7 @@ class Args:
         num_inference_steps: Steps of sampling.
         batch_sizes: Images drawn at once.
         train_batch_size: Images of a training step.
-        compiled: Measure ours with torch.compile too.
+        compiled: Measure ours and diffusers' with torch.compile too.
         only: Parts to run: sampling, training, scheduler, memory, process, scaling. None: all.
         results: Folder of the results.
         child: Used by the benchmark itself: draw with this one, and tell the memory it took.
@@ -87,7 +87,7 @@ def ours(args: Args, preset: str = "mini", dtype: torch.dtype = torch.float32, c
     pipe = MiniDDPMPipeline(network, scheduler)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
-        network.compile()
+        network.compile(mode="reduce-overhead" if args.device == "cuda" else None)
 
     def loss(images: torch.Tensor) -> torch.Tensor:
         timesteps = torch.randint(0, 1000, (len(images),), device=images.device)
@@ -110,12 +110,12 @@ def diffusers(args: Args, dtype: torch.dtype = torch.float32, compiled: bool = F
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).to(args.device, dtype)
+    ).to(args.device)
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     pipe = DDIMPipeline(network.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
-        network.compile()
+        network.compile(mode="reduce-overhead" if args.device == "cuda" else None)
 
     def loss(images: torch.Tensor) -> torch.Tensor:
         noise = torch.randn_like(images)
@@ -123,7 +123,9 @@ def diffusers(args: Args, dtype: torch.dtype = torch.float32, compiled: bool = F
         return F.mse_loss(network(scheduler.add_noise(images, noise, timesteps), timesteps).sample, noise)
 
     def draw(count: int) -> Any:
-        return pipe(batch_size=count, num_inference_steps=args.num_inference_steps, output_type="np").images
+        # Cast to bfloat16 itself, its pipeline cannot turn what it drew into an array.
+        with torch.autocast(args.device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return pipe(batch_size=count, num_inference_steps=args.num_inference_steps, output_type="np").images
 
     return Contestant(network, draw, loss, dtype)
 
@@ -155,6 +157,7 @@ def contestants(args: Args) -> dict[str, Callable[[], Contestant]]:
         "mini-ddpm, bf16": lambda: ours(args, dtype=torch.bfloat16),
         "mini-ddpm, bf16, compiled": lambda: ours(args, dtype=torch.bfloat16, compiled=True),
         "diffusers": lambda: diffusers(args),
+        "diffusers, bf16": lambda: diffusers(args, dtype=torch.bfloat16),
         "diffusers, bf16, compiled": lambda: diffusers(args, dtype=torch.bfloat16, compiled=True),
         "denoising-diffusion-pytorch": lambda: lucidrains(args),
         "tutorial, repaired": lambda: ours(args, preset="tutorial-32"),
@@ -243,7 +246,7 @@ def peak(device: str) -> dict[str, float]:
 def training(args: Args) -> list[dict[str, Any]]:
     """A whole step of AdamW: forward, backward, update; ours in bf16 as `mini-ddpm train --mixed-precision bf16`."""
     images = torch.rand(args.train_batch_size, 1, SIZE, SIZE, device=args.device) * 2 - 1
-    made = {name: make() for name, make in contestants(args).items() if name != "mini-ddpm, bf16"}
+    made = {name: make() for name, make in contestants(args).items()}
     calls = {}
     for name, one in made.items():
         one.network.float()
@@ -364,7 +367,7 @@ def process(args: Args) -> list[dict[str, Any]]:
 
 def scaling(args: Args) -> list[dict[str, Any]]:
     """Seconds in which `mini-ddpm sample` draws, start-up not counted, by processes and threads of each."""
-    count = args.batch_sizes[-1] * 4
+    count = args.batch_sizes[-1] * 2
     with tempfile.TemporaryDirectory() as folder:
         sample = ["-m", "mini_ddpm", "sample", "mnist", "--device", args.device, "--out", f"{folder}/x.npz"]
         sample += ["--num-images", str(count), "--batch-size", str(max(1, count // 8))]
@@ -409,6 +412,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n" if shown else ""
 
 
+def ratio(values: Numbers, name: str, base: str) -> str:
+    """How many times as much as `base` it took: the median over the rounds, and the smallest and largest."""
+    ratios = [value / other for value, other in zip(values[name], values[base], strict=True)]
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 and name != base else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The summary, and one table per row of the results: the medians, and how many times as much as ours each is."""
     lines = []
@@ -417,9 +427,7 @@ def table(result: dict[str, Any]) -> str:
         base = "import torch, diffusers' base classes" if names[0].startswith("import") else names[0]
         lines += [f"\n**{row['row']}**\n", f"| | {row['unit']} | times {base} |", "|---|--:|--:|"]
         for name, values in row["values"].items():
-            ratios = [value / ours for value, ours in zip(values, row["values"][base], strict=True)]
-            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 and name != base else ""
-            lines.append(f"| {name} | {statistics.median(values):.3g} | {statistics.median(ratios):.2f}{spread} |")
+            lines.append(f"| {name} | {statistics.median(values):.3g} | {ratio(row['values'], name, base)} |")
     peaks = ", ".join(f"{speed:g} TFLOP/s in {name}" for name, speed in result["peak"].items())
     return (
         f"{result['machine']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}; a matrix "
@@ -443,9 +451,10 @@ def plot(result: dict[str, Any], file: Path) -> None:
         names = list(row["values"])[::-1]
         speeds = [count / statistics.median(row["values"][name]) for name in names]
         axes.barh(names, speeds, color=["tab:blue" if "mini" in name else "tab:grey" for name in names])
-        axes.set(title=row["row"].removeprefix("draw, "), xlabel="images per second")
+        title = f"{count} image{'s' * (count > 1)} at once"
+        axes.set(title=title, xlabel="images per second")
         axes.bar_label(axes.containers[0], fmt="%.3g", padding=2)
-        axes.margins(x=0.15)
+        axes.margins(x=0.25)
     for axes in figure.axes[1:]:
         axes.set_yticklabels([])
     figure.savefig(file)

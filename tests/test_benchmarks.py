@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,25 @@ def test_shifts_are_whole_and_in_every_direction(script):
     possible = {tuple(framed[..., i : i + 3, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
     seen = {tuple(shift.flatten().tolist()) for shift in script.shifted(image.expand(200, -1, -1, -1), 1)}
     assert seen == possible
+
+
+def test_speed_is_measured_beside_peers(tmp_path):
+    spec = importlib.util.spec_from_file_location("speed", SCRIPT.with_name("speed.py"))
+    speed = sys.modules["speed"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    parts = ("sampling", "training", "scheduler")
+    args = speed.Args(rounds=1, num_inference_steps=2, batch_sizes=(1, 2), train_batch_size=2, compiled=False)
+    result = speed.main(dataclasses.replace(args, only=parts, results=tmp_path))
+    assert json.loads((tmp_path / "speed.json").read_text()) == result
+    rows = {row["row"]: row["values"] for row in result["rows"]}
+    for row in ("draw, 2 steps, 2 images", "a training step, batch 2", "a DDIM step of the scheduler"):
+        assert {"mini-ddpm", "diffusers"} <= set(rows[row])
+        assert all(value > 0 for values in rows[row].values() for value in values)
+    assert rows["parameters"]["mini-ddpm"][0] == pytest.approx(2.957284)
+    table = (tmp_path / "speed.md").read_text()
+    assert (
+        "| | Parameters, M | GFLOP an image | 1 image, s | 2 images, s | % of the peak | Training, images/s |" in table
+    )
+    assert Image.open(tmp_path / "speed.png").size[0] > 500
+    with pytest.raises(ValueError, match="--only nothing: choose of sampling, training"):
+        speed.main(dataclasses.replace(args, only=("nothing",)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import graphlib
-import importlib
+import importlib.util
 import itertools
 import json
 import re
@@ -285,3 +285,29 @@ def test_the_table_of_distillation_in_the_readme_is_that_of_its_run():
 def test_documents_show_the_commands():
     programs = {Path(words[0]).name: words[1:] for words in shell_commands()}
     assert {"mini-ddpm", "make"} <= set(programs)
+
+
+def test_the_table_of_speed_in_the_readme_is_that_of_its_run():
+    """`python benchmarks/speed.py` writes the JSON; README shows its summary and some of its ratios."""
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
+    speed = sys.modules["speed"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    results = ROOT / "benchmarks" / "results"
+    result = json.loads((results / "speed.json").read_text(encoding="utf-8"))
+    assert (results / "speed.md").read_text(encoding="utf-8") == speed.table(result)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert speed.summary(result["rows"]) in readme
+    rows = {row["row"]: row["values"] for row in result["rows"]}
+    text = " ".join(readme.split())
+    for row, name, base in (
+        ("draw, 50 steps, 64 images", "diffusers", "mini-ddpm"),
+        ("draw, 50 steps, 64 images", "diffusers", "mini-ddpm, bf16"),
+        ("draw, 50 steps, 64 images", "diffusers, bf16", "mini-ddpm, bf16"),
+        ("draw, 50 steps, 64 images", "denoising-diffusion-pytorch", "mini-ddpm"),
+        ("a training step, batch 128", "diffusers", "mini-ddpm"),
+        ("a training step, batch 128", "denoising-diffusion-pytorch", "mini-ddpm"),
+        ("a DDIM step of the scheduler", "diffusers", "mini-ddpm"),
+        ("a DDPM step of the scheduler", "diffusers", "mini-ddpm"),
+        ("a whole process", "mini-ddpm sample, 1 image", "import torch, diffusers' base classes"),
+    ):
+        assert speed.ratio(rows[row], name, base) in text, (row, name)
