@@ -112,6 +112,7 @@ def test_speed_is_measured_beside_peers(tmp_path):
     assert (
         "| | Parameters, M | GFLOP an image | 1 image, s | 2 images, s | % of the peak | Training, images/s |" in table
     )
-    assert Image.open(tmp_path / "speed.png").size[0] > 500
+    with Image.open(tmp_path / "speed.png") as plot:
+        assert plot.size[0] > 500
     with pytest.raises(ValueError, match="--only nothing: choose of sampling, training"):
         speed.main(dataclasses.replace(args, only=("nothing",)))
