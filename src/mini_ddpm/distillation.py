@@ -305,7 +305,7 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
 
 
 def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainings: list[TrainConfig]) -> float:
-    """About how many seconds are left of the rounds, from one small batch of the first, without compilation."""
+    """About how many seconds are left of the rounds, from small batches of the first two, without compilation."""
     device = find_device(config.device)
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
@@ -316,21 +316,22 @@ def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainin
     shape = (16, student.config.in_channels, *((size, size) if isinstance(size, int) else size))
     labels = None if student.config.num_class_embeds is None else torch.zeros(16, dtype=torch.long, device=device)
     timesteps = teacher.timesteps.to(device).repeat(16)[:16]
-    seconds = 0.0
-    for _ in range(2):  # the first warms up
-        started = time.perf_counter()
-        images, noise = torch.randn(2, *shape, device=device)
-        with torch.autocast(device.type, dtype, enabled=cast):
-            images, noise = teacher(images.clamp(-1, 1), noise, timesteps, labels)
-            loss = compute_loss(student, teacher.scheduler, images, noise, timesteps, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        float(loss.detach())  # waits for the device
-        seconds = time.perf_counter() - started
-    steps_left = 0
-    for training in trainings:
+    total = 0.0
+    for index, training in enumerate(trainings):
+        if index < 2:  # all rounds after the first are alike: their teachers need no guidance
+            teacher.guidance_scale = teacher.guidance_scale if index == 0 else 1.0
+            for _ in range(2):  # the first warms up
+                started = time.perf_counter()
+                images, noise = torch.randn(2, *shape, device=device)
+                with torch.autocast(device.type, dtype, enabled=cast):
+                    images, noise = teacher(images.clamp(-1, 1), noise, timesteps, labels)
+                    loss = compute_loss(student, teacher.scheduler, images, noise, timesteps, labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+                float(loss.detach())  # waits for the device
+                seconds = time.perf_counter() - started
         checkpoints = [int(path.name.split("-")[1]) for path in training.output_dir.glob("checkpoint-*")]
-        steps_left += (training.max_train_steps or 0) - max(checkpoints, default=0)
-    return seconds / 16 * steps_left * config.train_batch_size * config.gradient_accumulation_steps
+        total += seconds / 16 * ((training.max_train_steps or 0) - max(checkpoints, default=0))
+    return total * config.train_batch_size * config.gradient_accumulation_steps
 
 
 def _measure(config: DistillConfig, folder: Path) -> None:
