@@ -144,13 +144,15 @@ def sample(config: SampleConfig) -> None:
         pipe.set_progress_bar_config(desc=f"{count} images", disable=True if several and not film else None)
         started = time.perf_counter()
         if film:
+            if not first:
+                return
             which = {"batch_size": count} if labels is None else {"class_labels": labels}
             generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in range(count)]
             drawn = pipe(**options, **which, generator=generator, output_type="np", return_trajectory=True)
-            images = drawn.images
+            images = drawn.images  # (B, H, W, C)
         else:
             try:
-                images, _, _ = draw(
+                tensor, _, _ = draw(
                     pipe,
                     count,
                     options,
@@ -166,10 +168,10 @@ def sample(config: SampleConfig) -> None:
                 if parts.is_dir():
                     print(f"\nThe images drawn so far are kept in {parts}; the same command goes on.", file=sys.stderr)
                 raise
-            images = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+            if not first:
+                return
+            images = tensor.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         seconds = time.perf_counter() - started
-        if not first:
-            return
         if film:
             frames = plots.denoising_film(drawn.latents_trajectory, drawn.pred_original_samples, columns=columns)
             plots.save_film(frames, target)

@@ -93,8 +93,9 @@ def draw(
         title: What the progress bar says.
 
     Returns:
-        The images as bytes, (N, C, H, W) uint8; the seconds that drawing them took, added up over
-        processes and runs; and the network's evaluations for an image.
+        The images as bytes, (N, C, H, W) uint8, which of processes that share the work only the first collects, the
+        others have (0,); the seconds that drawing them took, added up over processes and runs; and the network's
+        evaluations for an image.
     """
     rank, processes = 0, 1
     if shared:
@@ -138,6 +139,8 @@ def draw(
         from accelerate import PartialState
 
         PartialState(cpu=pipe.device.type == "cpu").wait_for_everyone()
+    if rank > 0:
+        return torch.empty(0, dtype=torch.uint8), 0.0, 0
     arrays = [shards[first] if first in shards else shard(first) for first in starts]
     images = torch.from_numpy(np.concatenate([array["images"] for array in arrays]))
     return images, float(sum(array["cost"][0] for array in arrays)), int(arrays[0]["cost"][1])
