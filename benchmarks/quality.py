@@ -57,7 +57,7 @@ TUTORIAL: dict[str, Any] = {
     "saturation_margin": 0.0,
 }
 SAMPLERS = {
-    "ddpm": (1000,),
+    "ddpm": (1000, 100, 50),
     "ddim": (1000, 250, 100, 50, 20, 10, 5),
     "dpmsolver++": (20, 10, 5),
     "unipc": (20, 10, 5),
