@@ -295,6 +295,22 @@ def test_documents_show_the_commands():
     assert {"mini-ddpm", "make"} <= set(programs)
 
 
+def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "samplers.json").read_text(encoding="utf-8"))
+    _check_protocol(rows)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = readme[readme.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
+    steps = [int(cell.split()[0]) for cell in shown[0].strip("|").split("|")[1:]]
+    measured = {(row["scheduler"], row["num_inference_steps"]): row["fid"] for row in rows if "scheduler" in row}
+    names = {"DDIM": "MiniDDIM", "DDPM": "MiniDDPM", "DPM-Solver++": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
+    for line in shown[2:]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for count, cell in zip(steps, cells, strict=True):
+            fid = measured.pop((f"{names[name]}Scheduler", count), None)
+            assert cell == ("" if fid is None else f"{fid:.2f}")
+    assert not measured
+
+
 def test_the_table_of_speed_in_the_readme_is_that_of_its_run():
     """`python benchmarks/speed.py` writes the JSON; README shows its summary and some of its ratios."""
     spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
