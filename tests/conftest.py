@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -281,3 +283,28 @@ def fresh_process(loopback_hub, tmp_path_factory):
         return SimpleNamespace(result=json.loads(lines[-1]) if lines else None, stdout=done.stdout, stderr=done.stderr)
 
     return run
+
+
+@pytest.fixture
+def two_processes():
+    """Arguments of Python that run a module in two processes, which find each other at a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = ("--master-addr=127.0.0.1", f"--master-port={port}")
+    return ("-m", "torch.distributed.run", "--nproc-per-node=2", *address)
+
+
+@pytest.fixture(scope="session")
+def benchmark():
+    """Imports a script of benchmarks/ by name."""
+
+    def load(name):
+        file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        # Registered, as dataclasses look up the module of their annotations.
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,7 +1,6 @@
 """The scripts around the measurements do what they say: on a task that is known to be easy, or to be none."""
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,12 +18,8 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    # Registered, as dataclasses look up the module of their annotations.
-    spec = importlib.util.spec_from_file_location("train_classifier", SCRIPT)
-    module = sys.modules["train_classifier"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(benchmark):
+    return benchmark("train_classifier")
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +90,8 @@ def test_shifts_are_whole_and_in_every_direction(script):
     assert seen == possible
 
 
-def test_speed_is_measured_beside_peers(tmp_path):
-    spec = importlib.util.spec_from_file_location("speed", SCRIPT.with_name("speed.py"))
-    speed = sys.modules["speed"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speed)
+def test_speed_is_measured_beside_peers(tmp_path, benchmark):
+    speed = benchmark("speed")
     parts = ("sampling", "training", "scheduler")
     args = speed.Args(rounds=1, num_inference_steps=2, batch_sizes=(1, 2), train_batch_size=2, compiled=False)
     result = speed.main(dataclasses.replace(args, only=parts, results=tmp_path))

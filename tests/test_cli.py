@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -159,21 +158,20 @@ def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, ca
     whole = arrays(tmp_path, conditional, *arguments)
     call, calls = MiniDDPMClassConditionalPipeline.__call__, []
 
-    def counted(self, labels, **options):
+    def counted(self, **options):
         if len(calls) == 2 and interrupting:
             raise KeyboardInterrupt
-        calls.append(labels)
-        return call(self, labels, **options)
+        calls.append(options["class_labels"])
+        return call(self, **options)
 
-    monkeypatch.setattr(MiniDDPMClassConditionalPipeline, "__call__", lambda self, **o: counted(self, **rename(o)))
-    rename = lambda options: {"labels": options.pop("class_labels"), **options}  # noqa: E731
+    monkeypatch.setattr(MiniDDPMClassConditionalPipeline, "__call__", counted)
     interrupting = True
     assert run("sample", conditional, *arguments, "--out", out) == 130
     assert f"kept in {tmp_path / '.cut.npz.parts'}; the same command goes on" in capsys.readouterr().err
     assert not out.exists() and len(list(tmp_path.glob(".cut.npz.parts/*/*.npz"))) == 2
     interrupting = False
     calls.clear()
-    assert run("sample", conditional, *arguments, "--seed", 1, "--out", tmp_path / "cut.npz") == 0
+    assert run("sample", conditional, *arguments, "--seed", 1, "--out", out) == 0
     assert len(calls) == 5  # another seed has other images
     assert run("sample", conditional, *arguments, "--out", out) == 0
     with np.load(out) as file:
@@ -199,14 +197,10 @@ def test_what_was_drawn_before_the_cut_is_not_drawn_again(tmp_path, unconditiona
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_processes_share_the_images_and_make_the_same(tmp_path, conditional):
+def test_processes_share_the_images_and_make_the_same(tmp_path, conditional, two_processes):
     arguments = ("--num-images", 7, "--batch-size", 2, "--steps", 2, "--eta", 1)
     whole = arrays(tmp_path, conditional, *arguments)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={port}", "-m", "mini_ddpm", "sample", conditional, *map(str, arguments)]
+    command = [sys.executable, *two_processes, "-m", "mini_ddpm", "sample", conditional, *map(str, arguments)]
     command += ["--device", "cpu", "--out", str(tmp_path / "shared.npz")]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import socket
 import subprocess
 import sys
 
@@ -251,15 +250,12 @@ def test_the_students_take_their_own_steps_once_each(config):
         distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
 
 
-def test_two_processes_are_one_with_twice_the_batch(config):
+def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     config = dataclasses.replace(config, images_per_round=160)
     (one, *_) = distill(dataclasses.replace(config, rounds=1))
     two = config.output_dir.with_name("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={port}", "-m", "mini_ddpm", "distill", config.teacher, "--to", "2", "--rounds", "1"]
+    command = [sys.executable, *two_processes, "-m", "mini_ddpm", "distill", config.teacher]
+    command += ["--to", "2", "--rounds", "1"]
     command += ["--dataset-name", config.dataset_name, "--output-dir", str(two), "--images-per-round", "160"]
     command += ["--train-batch-size", "16", "--learning-rate", str(config.learning_rate), "--log-with", "none"]
     command += ["--device", "cpu", "--mixed-precision", "no"]

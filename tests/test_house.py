@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import graphlib
-import importlib.util
+import importlib
 import itertools
 import json
 import re
@@ -311,11 +311,9 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     assert not measured
 
 
-def test_the_table_of_speed_in_the_readme_is_that_of_its_run():
+def test_the_table_of_speed_in_the_readme_is_that_of_its_run(benchmark):
     """`python benchmarks/speed.py` writes the JSON; README shows its summary and some of its ratios."""
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
-    speed = sys.modules["speed"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speed)
+    speed = benchmark("speed")
     results = ROOT / "benchmarks" / "results"
     result = json.loads((results / "speed.json").read_text(encoding="utf-8"))
     assert (results / "speed.md").read_text(encoding="utf-8") == speed.table(result)

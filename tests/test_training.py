@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -260,13 +259,9 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint(config):
     assert not list(killed.output_dir.glob(".*.tmp"))
 
 
-def test_two_processes_are_one_with_twice_the_batch(config):
+def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     two = dataclasses.replace(config, train_batch_size=2, output_dir=config.output_dir.with_name("two"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = ("--master-addr=127.0.0.1", f"--master-port={port}")
-    running = run_in_process(two, ("-m", "torch.distributed.run", "--nproc-per-node=2", *address))
+    running = run_in_process(two, two_processes)
     try:
         output = running.communicate(timeout=120)[0]
     finally:

@@ -319,7 +319,8 @@ def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainin
     total = 0.0
     for index, training in enumerate(trainings):
         if index < 2:  # all rounds after the first are alike: their teachers need no guidance
-            teacher.guidance_scale = teacher.guidance_scale if index == 0 else 1.0
+            if index == 1:
+                teacher.guidance_scale = 1.0
             for _ in range(2):  # the first warms up
                 started = time.perf_counter()
                 images, noise = torch.randn(2, *shape, device=device)

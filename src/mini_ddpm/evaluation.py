@@ -515,6 +515,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         extractor = inception_extractor(device, config.feature_dtype, config.inception)
     else:
         extractor = transformers_extractor(config.feature_extractor, device, config.feature_dtype)
+    reference_digest = _digest(reference_images)
     protocol = {
         "feature_extractor": extractor.name,
         "feature_dtype": config.feature_dtype,
@@ -522,7 +523,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         "dataset": _title(config.dataset_name),
         "split": config.split,
         "reference_images": len(reference),
-        "reference_hash": _digest(reference_images)[:16],
+        "reference_hash": reference_digest[:16],
         "num_images": config.num_images,
         "seed": config.seed,
     }
@@ -546,7 +547,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
         distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
         formulas = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        key = [extractor.key, _digest(reference_images), _digest(drawn), config.seed, formulas]
+        key = [extractor.key, reference_digest, _digest(drawn), config.seed, formulas]
         return {name: float(value) for name, value in cached(cache_folder() / "figures", key, compute).items()}
 
     def against_training(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:

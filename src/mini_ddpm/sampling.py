@@ -101,8 +101,10 @@ def draw(
     if shared:
         rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = next((name for name, dtype in DTYPES.items() if dtype == pipe.unet.dtype), str(pipe.unet.dtype))
-    key = [weights_hash(pipe), type(pipe.scheduler).__name__, settings_of(pipe.scheduler), options, dtype]
-    key.append(pipe.device.type)
+    key: list[Any] = []
+    if folder is not None:
+        key = [weights_hash(pipe), type(pipe.scheduler).__name__, settings_of(pipe.scheduler), options, dtype]
+        key.append(pipe.device.type)
     starts = range(0, count, shard_size)
     mine = sum(min(shard_size, count - first) for first in starts[rank::processes])
 
