@@ -206,7 +206,11 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
         raise ValueError(f"There are no students in {args.students}. Make some: mini-ddpm distill --help.")
     teacher, counts = args.pipelines[0], [int(folder.name.split("-")[1]) for folder in folders]
     options: dict[str, Any] = {"output_dir": args.runs / "distillation" / "teacher"}
-    options |= {"guidance_scale": json.loads((folders[0] / "train_config.json").read_text())["guidance_scale"]}
+    taught = json.loads((folders[0] / "train_config.json").read_text())
+    guidance: dict[str, Any] = {"guidance_scale": taught["guidance_scale"]}
+    if (interval := tuple(taught.get("guidance_interval", (0, 1)))) != (0, 1):
+        guidance |= {"guidance_interval": interval}
+    options |= guidance
     if "default_num_inference_steps" in load_pipeline(teacher).config:
         raise ValueError(f"{teacher} is a student itself.")
     for folder, steps in zip(folders, counts, strict=True):
@@ -215,13 +219,13 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     all_counts = tuple(count for count in (*counts, 50) if count <= args.max_steps)
     for row in measure(args, teacher, all_counts, ("ddim", "dpmsolver++"), **options):
         yield {"variant": "teacher", **row}
-    picture(args, teacher, options["guidance_scale"], folders, counts)
+    picture(args, teacher, guidance, folders, counts)
 
 
-def picture(args: Args, teacher: str, guidance_scale: float, folders: list[Path], counts: list[int]) -> None:
+def picture(args: Args, teacher: str, guidance: dict[str, Any], folders: list[Path], counts: list[int]) -> None:
     """The ten classes from one noise, by each student and by the teacher in 50 steps: RESULTS/distillation.png."""
     drawn = []
-    for name, options in (*((str(folder), {}) for folder in folders), (teacher, {"guidance_scale": guidance_scale})):
+    for name, options in (*((str(folder), {}) for folder in folders), (teacher, guidance)):
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
         drawn.append(pipe(list(range(10)), generator=torch.Generator().manual_seed(0), **options).images)
@@ -249,7 +253,11 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
             f"{COLUMNS['kid'][1].format(row['kid'])} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
         )
     floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
-    guidance = next((f"Guidance {row['guidance_scale']:g}. " for row in rows if row.get("guidance_scale", 1) > 1), "")
+    guided = [row for row in rows if row.get("guidance_scale", 1) > 1]
+    interval = guided[0].get("guidance_interval") if guided else None
+    guidance = f"Guidance {guided[0]['guidance_scale']:g}" if guided else ""
+    guidance += " from {:g} to {:g} of the way".format(*interval) if interval else ""
+    guidance += ". " if guidance else ""
     return "\n".join(lines) + f"\n\n{floor}{guidance}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
 
 

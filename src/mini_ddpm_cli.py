@@ -58,6 +58,9 @@ class SampleConfig:
     guidance_scale: float | None = None
     """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
 
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these shares of the way from noise, 0, to image, 1, e.g. 0.35 0.6. None: all the way."""
+
     eta: float = 0.0
     """Noise that DDIM adds back at each step: 0 is deterministic, 1 is as much as DDPM."""
 
@@ -86,10 +89,10 @@ class SampleConfig:
 
 def pipeline_to_sample(config: SampleConfig) -> str:
     """The pipeline asked for, or the one of ours that suits the rest: a student of few steps has only its own way."""
-    own_way = (config.num_inference_steps, config.scheduler, config.guidance_scale, config.eta or None)
+    own_way = (config.num_inference_steps, config.scheduler, config.guidance_scale, config.guidance_interval)
     if config.pipeline is not None:
         return config.pipeline
-    if any(value is not None for value in own_way) or config.out.suffix.lower() in (".gif", ".webp"):
+    if any(value is not None for value in own_way) or config.eta or config.out.suffix.lower() in (".gif", ".webp"):
         return "mnist-class-conditional"
     return "mnist-distilled"
 
@@ -132,14 +135,12 @@ def sample(config: SampleConfig) -> None:
         steps = config.num_inference_steps
         steps = pipe.config.get("default_num_inference_steps", 20) if steps is None else steps
         options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
-        if config.guidance_scale is not None:
-            if labels is None:
-                raise ValueError(f"--guidance-scale: {name} is not class-conditional")
-            options["guidance_scale"] = config.guidance_scale
+        options |= hub.guidance_of(pipe, name, config.guidance_scale, config.guidance_interval)
 
         if config.torch_compile:
             pipe.unet.compile()
         several = count > config.batch_size or processes > 1
+        goes_on = several and parts.is_dir()
         # disable=None: a bar on a terminal, none in a log file
         pipe.set_progress_bar_config(desc=f"{count} images", disable=True if several and not film else None)
         started = time.perf_counter()
@@ -184,9 +185,10 @@ def sample(config: SampleConfig) -> None:
             _save_folder(target, images, names)
     shutil.rmtree(parts, ignore_errors=True)
     height, width = images.shape[1:3]
+    pace = "" if goes_on else f", {count / seconds:.1f} images/s"  # of which some may be there already
     print(
         f"{config.out}: {count} images of {width}x{height}, {steps} steps of "
-        f"{type(pipe.scheduler).__name__}, {seconds:.1f} s, {count / seconds:.1f} images/s ({device}, {config.dtype})"
+        f"{type(pipe.scheduler).__name__}, {seconds:.1f} s{pace} ({device}, {config.dtype})"
     )
 
 

@@ -173,7 +173,9 @@ def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, ca
     calls.clear()
     assert run("sample", conditional, *arguments, "--seed", 1, "--out", out) == 0
     assert len(calls) == 5  # another seed has other images
+    assert "images/s" not in capsys.readouterr().out  # some of these could have been there
     assert run("sample", conditional, *arguments, "--out", out) == 0
+    assert "images/s" in capsys.readouterr().out
     with np.load(out) as file:
         assert all((file[name] == whole[name]).all() for name in ("images", "seeds", "class_labels"))
     assert not list(tmp_path.glob(".cut*"))
@@ -213,7 +215,10 @@ def test_processes_share_the_images_and_make_the_same(tmp_path, conditional, two
 def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):
     draw = lambda *arguments: arrays(tmp_path, conditional, "--num-images", 3, *arguments)["images"].astype(int)  # noqa: E731
     plain = draw("--guidance-scale", 1)
-    assert np.abs(draw("--guidance-scale", 20) - plain).max() > 5
+    guided = draw("--guidance-scale", 20)
+    assert np.abs(guided - plain).max() > 5
+    assert (draw("--guidance-scale", 20, "--guidance-interval", 0, 1) == guided).all()
+    assert (draw("--guidance-scale", 20, "--guidance-interval", 0.1, 0.4) == plain).all()  # between the two steps
     assert 0 < np.abs(draw("--guidance-scale", 1, "--dtype", "bf16") - plain).max() < 32
     assert (draw("--guidance-scale", 1, "--num-inference-steps", 2) == plain).all()  # both spellings of --steps
 
@@ -267,6 +272,7 @@ def test_film_has_a_frame_per_step(tmp_path, conditional, suffix):
         (["--steps", "20"], "mnist-class-conditional"),
         (["--scheduler", "unipc"], "mnist-class-conditional"),
         (["--guidance-scale", "2"], "mnist-class-conditional"),
+        (["--guidance-interval", "0.3", "0.6"], "mnist-class-conditional"),
         (["--eta", "1"], "mnist-class-conditional"),
         (["--out", "film.webp"], "mnist-class-conditional"),
         (["mnist-distilled", "--steps", "20"], "mnist-distilled"),
@@ -308,6 +314,7 @@ def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
         (["--device", "gpu"], "--device gpu: choose auto, cpu"),
         (["--dtype", "fp8"], "'fp32', 'fp16', 'bf16'"),
         (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--guidance-interval", "0.6", "0.4"], "guidance_interval"),
         (["--out", "samples.jpg"], "samples.jpg: choose .png"),
         (["--out", "/dev/null/samples.png"], "/dev/null/samples.png cannot be written"),
         (["--out", "/"], "--out / holds other files"),
@@ -326,8 +333,9 @@ def test_labels_and_guidance_need_a_conditional_pipeline(unconditional, capsys, 
     out = tmp_path / "x.png"
     assert run("sample", unconditional, "--class-labels", 3, "--out", out) == 2
     assert "--class-labels 3: this pipeline is not class-conditional" in capsys.readouterr().err
-    assert run("sample", unconditional, "--guidance-scale", 3, "--out", out) == 2
-    assert "not class-conditional" in capsys.readouterr().err
+    for option in (["--guidance-scale", 3], ["--guidance-interval", 0.2, 0.5]):
+        assert run("sample", unconditional, *option, "--out", out) == 2
+        assert "not class-conditional" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

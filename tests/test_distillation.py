@@ -92,8 +92,10 @@ def test_the_optimum_of_a_linear_students_loss_is_two_steps_of_its_teacher(predi
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
-@pytest.mark.parametrize("guidance_scale", [None, 1.0, 2.5])
-def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guidance_scale):
+@pytest.mark.parametrize(
+    ("guidance_scale", "interval"), [(None, (0, 1)), (1.0, (0, 1)), (2.5, (0, 1)), (2.5, (0.25, 0.6))]
+)
+def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guidance_scale, interval):
     scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample_range=1.1)
     labels = None if guidance_scale is None else torch.tensor([3, 0, 10])  # the last asks for no class
     if labels is None:
@@ -101,12 +103,12 @@ def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guid
         call = {"batch_size": 3}
     else:
         pipe = MiniDDPMClassConditionalPipeline(tiny_unet(), scheduler)
-        call = {"class_labels": labels, "guidance_scale": guidance_scale}
+        call = {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": interval}
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipe(**call, latents=latents, num_inference_steps=2 * steps, output_type="latent").images
 
-    teacher = DDIMTeacher(pipe, steps, guidance_scale or 1.0)
+    teacher = DDIMTeacher(pipe, steps, guidance_scale or 1.0, interval)
     teacher.prepare(torch.device("cpu"), compiled=False)
     student = MiniDDIMScheduler.from_config(scheduler.config, prediction_type="sample", clip_sample=False)
     student.set_timesteps(steps)
@@ -301,6 +303,10 @@ def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
+        (
+            {"guidance_interval": (0.6, 0.4)},
+            r"guidance_interval=\(0.6, 0.4\): none of 8 steps i has start <= i/8 < end",
+        ),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
         ({"rounds": 9}, "9 rounds to 2 steps start at 1024, more than its 1000 levels"),
         ({"teacher": "mnist", "guidance_scale": 2.0}, "guidance_scale=2.0: mnist is not class-conditional"),

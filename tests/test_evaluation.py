@@ -664,6 +664,12 @@ def test_other_samplers_join_the_table(parts, measured, again):
     (plain,) = (row for row in rows if row.get("guidance_scale") == 1)
     guided = next(row for row in rows if same_settings([row]) == [("MiniDDIMScheduler", 3, 1.5)])
     assert plain["frechet_distance"] != guided["frechet_distance"]
+    limited = {"guidance_scale": 1.5, "guidance_interval": (0.3, 0.7)}
+    rows = evaluate(config(parts, again, num_inference_steps=(3,), schedulers=("ddim",), **limited))
+    (row,) = (row for row in rows if row.get("guidance_interval"))
+    assert row["unet_evaluations"] == 5  # steps 1 and 2 of 0, 1, 2
+    assert "steps, guidance 1.5 from 0.3 to 0.7 | " in (again / "evaluation.md").read_text()
+    assert len(json.loads((again / "evaluation.json").read_text())) == len(rows) == len(measured.rows) + 3
 
 
 def test_results_of_another_protocol_are_left_alone(parts, again, tmp_path):

@@ -197,6 +197,36 @@ def test_guidance_is_the_formula():
     torch.testing.assert_close(mean([4, 4, 4], 3.0), torch.zeros(3), atol=0.02, rtol=0)  # no class, nothing to guide
 
 
+@pytest.mark.parametrize(
+    ("interval", "guided"), [((0.0, 1.0), range(10)), ((0.3, 0.6), range(3, 6)), ((0.55, 1), range(6, 10))]
+)
+def test_guidance_in_an_interval(labelled, interval, guided):
+    """Step i of N is guided where start <= i/N < end, and nowhere else: the same as a callback that does it."""
+    labelled.scheduler = MiniDDIMScheduler(clip_sample=False, prediction_type="v_prediction")
+    sizes = []
+    hook = labelled.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    options = {"num_inference_steps": 10, "latents": torch.ones(1, 1, 8, 8), "output_type": "latent"}
+    images = labelled([3], guidance_scale=4.0, guidance_interval=interval, **options).images
+    hook.remove()
+    assert sizes == [2 if i in guided else 1 for i in range(10)]
+    assert labelled.num_timesteps == 10 and labelled.num_guided_timesteps == len(guided)
+
+    def switch(pipe, i, t, tensors):
+        pipe._guidance_scale = 4.0 if i + 1 in guided else 1.0
+        return {}
+
+    by_hand = labelled([3], guidance_scale=4.0 if 0 in guided else 1.0, callback_on_step_end=switch, **options)
+    assert torch.equal(by_hand.images, images)
+    assert labelled([3], guidance_scale=1.0, **options).images.sub(images).abs().max() > 1e-3
+    assert labelled.num_guided_timesteps == 0
+
+
+@pytest.mark.parametrize("interval", [(0.6, 0.4), (0.5, 0.5), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.5,), "ab"])
+def test_bad_guidance_interval(labelled, interval):
+    with pytest.raises(ValueError, match="`guidance_interval` must be two numbers with 0 <= start < end <= 1"):
+        labelled([1], guidance_interval=interval)
+
+
 def test_guidance_leaves_a_learned_variance_alone():
     unet = GaussianDenoiser(shift=0.1, num_class_embeds=5, learned_variance=True)
     pipe = MiniDDPMClassConditionalPipeline(unet, MiniDDPMScheduler())

@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from .data import image_dataset
-from .hub import find_device, guidance_scale_of, load_pipeline
+from .hub import find_device, guidance_of, load_pipeline
 from .scheduling_mini_ddim import MiniDDIMScheduler
 from .training import TrainConfig, compute_loss, train
 
@@ -58,6 +58,8 @@ class DistillConfig:
     """Images seen in a round; in those to two steps and to one, which are harder, twice as many."""
     guidance_scale: float | None = None
     """Classifier-free guidance to distil in; 1 for none. None: what the teacher takes by itself."""
+    guidance_interval: tuple[float, float] | None = None
+    """Distil guidance in only between these shares of the way from noise, 0, to image, 1. None: all the way."""
 
     dataset_name: str = "ylecun/mnist"
     """The images that the teacher was trained on: Hub id or folder."""
@@ -140,15 +142,23 @@ class DDIMTeacher:
         pipe: The teacher; it is put into evaluation mode, and its weights are frozen.
         num_inference_steps: N, the student's steps; the teacher takes 2N.
         guidance_scale: s > 1 guides the teacher's class-conditional predictions.
+        guidance_interval: At which of its steps: i of 2N with start <= i/2N < end.
 
     Raises:
-        ValueError: The teacher predicts noise, or the student's timesteps are not among the teacher's.
+        ValueError: The teacher predicts noise, the student's timesteps are not among the teacher's, or none of its
+            steps is in the interval.
     """
 
     # With `max(SNR, 1)` the loss is that of x_0, and does not vanish where z_t is all noise (eq. 9).
     snr_floor = 1.0
 
-    def __init__(self, pipe: Any, num_inference_steps: int, guidance_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
         if scheduler.config.prediction_type == "epsilon":
             raise ValueError(
@@ -172,6 +182,7 @@ class DDIMTeacher:
         self.described: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "guidance_interval": list(guidance_interval),
         }
         self.defaults: dict[str, Any] = {"default_num_inference_steps": num_inference_steps}
         if self.unet.config.num_class_embeds is not None:
@@ -180,6 +191,14 @@ class DDIMTeacher:
         alphas_cumprod = student.alphas_cumprod.double()
         at_end = torch.where(end < 0, student.final_alpha_cumprod.double(), alphas_cumprod[end.clamp(min=0)])
         self._between = between
+        position = torch.arange(2 * num_inference_steps).double() / (2 * num_inference_steps)
+        self._guided = torch.zeros(len(every_t), dtype=torch.bool)  # by t
+        self._guided[scheduler.timesteps] = (position >= guidance_interval[0]) & (position < guidance_interval[1])
+        if not self._guided.any():
+            raise ValueError(
+                f"guidance_interval={guidance_interval}: none of {2 * num_inference_steps} steps i has start <= "
+                f"i/{2 * num_inference_steps} < end. Give two shares of the way, such as 0.35 0.6."
+            )
         # α_t, σ_t, α_t'', σ_t'' by t
         self._levels = torch.stack([x.sqrt() for x in (alphas_cumprod, 1 - alphas_cumprod, at_end, 1 - at_end)])
 
@@ -187,6 +206,7 @@ class DDIMTeacher:
         """Move to `device`, and compile the network if asked to."""
         self.unet = self.unet.to(device=device, memory_format=torch.channels_last)
         self._between, self._levels = self._between.to(device), self._levels.float().to(device)
+        self._guided = self._guided.to(device)
         if compiled:
             self.unet.compile()
 
@@ -217,7 +237,8 @@ class DDIMTeacher:
             labels = torch.cat([class_labels, null_labels])
             output = self.unet(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), labels).sample
             cond, uncond = output.float().chunk(2)
-            output = uncond + self.guidance_scale * (cond - uncond)
+            guided = self._guided[timesteps][:, None, None, None]
+            output = torch.where(guided, uncond + self.guidance_scale * (cond - uncond), cond)
         else:
             output = self.unet(sample, timesteps, class_labels).sample.float()
         stepped = self.scheduler.step(output, timesteps, sample.float(), use_clipped_model_output=True)
@@ -244,8 +265,8 @@ def distill(config: DistillConfig) -> list[Path]:
     config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
     pipe: Any = load_pipeline(config.teacher)
     conditional = pipe.unet.config.num_class_embeds is not None
-    scale = guidance_scale_of(pipe, config.teacher, config.guidance_scale)
-    guidance_scale = 1.0 if scale is None else float(scale)
+    guidance: dict[str, Any] = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
+    guidance |= guidance_of(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
     counts = _step_counts(config, pipe)
     dataset = image_dataset(
         config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
@@ -264,7 +285,7 @@ def distill(config: DistillConfig) -> list[Path]:
 
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
-        teaching = DDIMTeacher(load_pipeline(config.teacher), counts[0], guidance_scale)
+        teaching = DDIMTeacher(load_pipeline(config.teacher), counts[0], **guidance)
         seconds = _estimate(config, pipe.unet, teaching, trainings)
         print(
             f"{config.teacher}: {2 * counts[0]} steps to {', '.join(map(str, counts))}; about "
@@ -275,8 +296,9 @@ def distill(config: DistillConfig) -> list[Path]:
     for steps, training in zip(counts, trainings, strict=True):
         training = dataclasses.replace(training, pretrained_model_name_or_path=teacher)
         # The students have the guidance in them.
-        two_steps = DDIMTeacher(load_pipeline(teacher), steps, guidance_scale if teacher == config.teacher else 1.0)
-        two_steps.described |= {"guidance_scale": guidance_scale, "distilled_from": config.teacher}
+        two_steps = DDIMTeacher(load_pipeline(teacher), steps, **(guidance if teacher == config.teacher else {}))
+        two_steps.described |= {**guidance, "guidance_interval": list(guidance["guidance_interval"])}
+        two_steps.described |= {"distilled_from": config.teacher}
         folder = train(training, two_steps)
         if is_main and config.num_evaluation_images:
             _measure(config, folder)

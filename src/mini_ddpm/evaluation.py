@@ -38,7 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
-from .hub import DTYPES, find_device, guidance_scale_of, is_bundled, load_pipeline, replace_scheduler
+from .hub import DTYPES, find_device, guidance_of, is_bundled, load_pipeline, replace_scheduler
 from .plots import evaluation_curves
 from .sampling import Arrays, cached, content_hash, draw, weights_hash
 
@@ -95,6 +95,8 @@ class EvaluateConfig:
     """Samplers, by the names of `mini-ddpm sample --scheduler`. None: the one the pipeline was saved with."""
     guidance_scale: float | None = None
     """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these shares of the way from noise, 0, to image, 1. None: all the way."""
     eta: float = 0.0
     """Noise that DDIM adds back at each step."""
     seed: int = 0
@@ -481,7 +483,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             f"num_inference_steps={max(step_counts)} is more than the "
             f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
         )
-    guidance_scale = guidance_scale_of(pipe, config.pipeline, config.guidance_scale)
+    guidance = guidance_of(pipe, config.pipeline, config.guidance_scale, config.guidance_interval)
     weights = weights_hash(pipe)
 
     # 1. The real images.
@@ -589,8 +591,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     for scheduler in schedulers:
         for steps in step_counts:
             pipe.scheduler = scheduler
-            options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
-            options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+            options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta, **guidance}
             drawn, seconds, evaluations = draw(
                 pipe,
                 config.num_images,
@@ -654,7 +655,8 @@ def _classifier(name: str, reference: ImageDataset, device: torch.device) -> Cal
 
 def _settings(row: dict[str, Any]) -> list[Any]:
     """What tells a row from the others of its table."""
-    return [row.get(key) for key in ("images", "scheduler", "num_inference_steps", "guidance_scale", "eta", "dtype")]
+    keys = ("images", "scheduler", "num_inference_steps", "guidance_scale", "eta", "dtype")
+    return [*(row.get(key) for key in keys), *row.get("guidance_interval", ())]
 
 
 def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
@@ -711,6 +713,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         else:
             title = f"{row['scheduler']}, {row['num_inference_steps']} steps"
             title += f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            title += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
             title += f", eta {row['eta']:g}" if row["eta"] else ""
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")

@@ -132,18 +132,29 @@ def replace_scheduler(scheduler: Any, name: str) -> Any:
     return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
 
 
-def guidance_scale_of(pipe: Any, name: str, asked: float | None) -> float | None:
-    """Returns the scale that a pipeline will be called with: that asked for, else its own; `None` if it takes none.
+def guidance_of(
+    pipe: Any, name: str, scale: float | None = None, interval: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """Returns the guidance that a pipeline will be called with, as arguments of its call; none if it takes none.
+
+    Args:
+        pipe: The pipeline.
+        name: What it is called in an error.
+        scale: The guidance scale asked for. None: the pipeline's own.
+        interval: The guidance interval asked for. None: the whole way.
 
     Raises:
-        ValueError: One was asked for, and the pipeline called `name` takes none.
+        ValueError: Guidance was asked for, and the pipeline takes none.
     """
-    takes_it = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
-    if not takes_it and asked is not None:
-        raise ValueError(f"guidance_scale={asked}: {name} is not class-conditional.")
-    if not takes_it or asked is not None:
-        return asked
-    return float(pipe.config.get("default_guidance_scale", 1.5))
+    if "guidance_scale" not in inspect.signature(type(pipe).__call__).parameters:
+        for key, value in (("guidance_scale", scale), ("guidance_interval", interval)):
+            if value is not None:
+                raise ValueError(f"{key}={value}: {name} is not class-conditional.")
+        return {}
+    options: dict[str, Any] = {
+        "guidance_scale": float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
+    }
+    return options | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
 
 
 def find_device(name: str) -> torch.device:
@@ -367,6 +378,7 @@ _PROTOCOL = {  # how the fields of an evaluation's record read in a table
     "num_inference_steps": "{} steps",
     "scheduler": "{}",
     "guidance_scale": "guidance {}",
+    "guidance_interval": "from {0[0]:g} to {0[1]:g} of the way",
     "eta": "eta {}",
     "seed": "seed {}",
     "dtype": "{}",
@@ -382,8 +394,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
     training run left its files from those: most of `training` from `train_config.json` and the last line of
     `train_log.jsonl`, `picture` from `samples.png` or the newest grid in `samples/`. `evaluation` comes from
     `evaluation.json`: what `mini-ddpm evaluate` wrote, or a list of records with `metric`, `value` and, each optional,
-    `name`, `dataset`, `split`, `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`, `eta`, `seed`,
-    `dtype`, `note`.
+    `name`, `dataset`, `split`, `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`,
+    `guidance_interval`, `eta`, `seed`, `dtype`, `note`.
 
     Raises:
         ValueError: A file is not what it should be.
@@ -449,6 +461,8 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
     keys += ["mixed_precision", "seed", "guidance_scale"]  # the last where it was distilled in
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
+    if config.get("guidance_interval", [0, 1]) != [0, 1]:
+        facts["guidance_interval"] = config["guidance_interval"]
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
     for key, names in (

@@ -83,6 +83,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     # Set by each call; the defaults let the properties be read before the first one.
     _num_timesteps = 0
+    _step = 0
     _interrupt = False
 
     def __init__(
@@ -321,6 +322,7 @@ class MiniDDPMPipeline(DiffusionPipeline):  # type: ignore[misc]
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
+                self._step = i
                 model_output = self._predict(scheduler.scale_model_input(latents, t), t, **tensors)
                 prediction = model_output[:, :channels]  # (B, C, H, W)
                 output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)

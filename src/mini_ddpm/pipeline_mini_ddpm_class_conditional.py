@@ -86,8 +86,11 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     # Set by each call; the defaults let the properties be read before the first one.
     _num_timesteps = 0
+    _step = 0
     _interrupt = False
     _guidance_scale = 1.0
+    _guidance_interval = (0.0, 1.0)
+    _num_guided_timesteps = 0
 
     def __init__(
         self,
@@ -113,8 +116,14 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the next step is guided: `guidance_scale > 1`."""
-        return self._guidance_scale > 1
+        """Whether the running step is guided: `guidance_scale > 1`, and it lies in the guidance interval."""
+        start, end = self._guidance_interval
+        return self._guidance_scale > 1 and start <= self._step / max(1, self._num_timesteps) < end
+
+    @property
+    def num_guided_timesteps(self) -> int:
+        """Number of steps in the latest call that were guided, and so asked the network about each image twice."""
+        return self._num_guided_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -133,6 +142,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_trajectory: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
         """Draws one image for each label.
 
@@ -158,6 +168,9 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
                 replaces the tensors of those names. Setting `pipe._interrupt = True` ends the loop.
             callback_on_step_end_tensor_inputs: Which tensors it is given, out of `pipe._callback_tensor_inputs`.
             return_trajectory: Whether to return x_t and the predicted x_0 of each step too.
+            guidance_interval: Where on the way from noise, 0, to image, 1, guidance is active: at steps i of N with
+                start <= i/N < end. At the start it takes variety, at the end it is not needed, and in between it makes
+                a class of what could become several ([2404.07724](https://arxiv.org/abs/2404.07724)).
 
         Returns:
             [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not None.
@@ -174,7 +187,15 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
         if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
-        self._guidance_scale = guidance_scale
+        numbers = (int, float, np.number)
+        start, end = guidance_interval if len(guidance_interval) == 2 else (None, None)
+        if not (isinstance(start, numbers) and isinstance(end, numbers) and 0 <= start < end <= 1):
+            raise ValueError(
+                "`guidance_interval` must be two numbers with 0 <= start < end <= 1 (guidance_scale=1 is no guidance),"
+                f" but is {guidance_interval!r}."
+            )
+        self._guidance_scale, self._guidance_interval = guidance_scale, (start, end)
+        self._num_guided_timesteps = 0
         batch_size = len(labels)
         self._check_inputs(
             batch_size,
@@ -241,6 +262,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not self.do_classifier_free_guidance:
             output = self.unet(inputs, timestep, class_labels=class_labels).sample
             return output.to(sample.dtype)
+        self._num_guided_timesteps += 1
         null_labels = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
         labels = torch.cat([class_labels, null_labels])
         output = self.unet(torch.cat([inputs, inputs]), timestep, class_labels=labels).sample  # (2B, C or 2C, H, W)
@@ -401,6 +423,7 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
+                self._step = i
                 model_output = self._predict(scheduler.scale_model_input(latents, t), t, **tensors)
                 prediction = model_output[:, :channels]  # (B, C, H, W)
                 output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)

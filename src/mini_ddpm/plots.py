@@ -222,6 +222,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
     for row in rows:
         if row["images"] == "generated":
             guidance = f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+            guidance += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
             eta = f", eta {row['eta']:g}" if row["eta"] else ""
             curves.setdefault(row["scheduler"].removesuffix("Scheduler") + guidance + eta, []).append(row)
     for axes, key, label in zip(

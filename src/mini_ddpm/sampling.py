@@ -122,7 +122,7 @@ def draw(
                 drawn = pipe(**options, **which, generator=generator, output_type="pt").images
                 parts.append((drawn * 255).round().to("cpu", torch.uint8))
                 bar.update(len(part))
-            evaluations = pipe.num_timesteps * (2 if options.get("guidance_scale", 1) > 1 else 1)
+            evaluations = pipe.num_timesteps + getattr(pipe, "num_guided_timesteps", 0)
             cost = np.array([time.perf_counter() - began, evaluations])
             return {"images": torch.cat(parts).numpy(), "cost": cost}
 
