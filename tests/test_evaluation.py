@@ -791,6 +791,7 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
         ("plain", ["--steps", "20", "0"], "num_inference_steps=0 must be at least 1"),
         ("plain", ["--steps", "2001"], "num_inference_steps=2001 is more than the 1000 noise levels"),
         ("plain", ["--guidance-scale", "2"], "guidance_scale=2.0: {parts}/plain is not class-conditional"),
+        ("conditional", ["--guidance-interval", "0.5", "1.5"], "guidance_interval=(0.5, 1.5) must be two shares"),
         ("plain", ["--dataset-name", "{parts}/nowhere"], "'{parts}/nowhere' is not there"),
         ("plain", ["--split", "validation"], "split 'validation'"),
         ("plain", ["--other-split", "validation"], "split 'validation'"),

@@ -144,8 +144,10 @@ def guidance_of(
         interval: The guidance interval asked for. None: the whole way.
 
     Raises:
-        ValueError: Guidance was asked for, and the pipeline takes none.
+        ValueError: Guidance was asked for, and the pipeline takes none; or the interval is none.
     """
+    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance_interval={interval} must be two shares of the way, 0 <= start < end <= 1.")
     if "guidance_scale" not in inspect.signature(type(pipe).__call__).parameters:
         for key, value in (("guidance_scale", scale), ("guidance_interval", interval)):
             if value is not None:
