@@ -303,10 +303,8 @@ def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
-        (
-            {"guidance_interval": (0.6, 0.4)},
-            r"guidance_interval=\(0.6, 0.4\): none of 8 steps i has start <= i/8 < end",
-        ),
+        ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval=\(0.6, 0.4\) must be two shares of the way"),
+        ({"guidance_interval": (0.1, 0.12)}, r"guidance_interval=\(0.1, 0.12\): none of 8 steps i has start <= "),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
         ({"rounds": 9}, "9 rounds to 2 steps start at 1024, more than its 1000 levels"),
         ({"teacher": "mnist", "guidance_scale": 2.0}, "guidance_scale=2.0: mnist is not class-conditional"),
