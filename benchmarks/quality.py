@@ -48,13 +48,20 @@ ABLATION: dict[str, dict[str, Any]] = {
     "widths 32, 64, 96, no patches": {"preset": "tutorial-32", "block_out_channels": (32, 64, 96)},
 }
 # The tutorial: a plain U-Net of width 32, noise prediction, batch 128, a constant learning rate of 2e-4.
-TUTORIAL: dict[str, Any] = {
+_TUTORIAL: dict[str, Any] = {
     "preset": "tutorial-32",
     "prediction_type": "epsilon",
     "train_batch_size": 128,
     "learning_rate": 2e-4,
     "lr_scheduler": "constant_with_warmup",
     "saturation_margin": 0.0,
+}
+TUTORIAL: dict[str, dict[str, Any]] = {
+    "tutorial, linear, T = 1000": {**_TUTORIAL, "beta_schedule": "linear"},
+    "tutorial, cosine, T = 1000": _TUTORIAL,
+    "tutorial, linear, T = 800": {**_TUTORIAL, "beta_schedule": "linear", "num_train_timesteps": 800},
+    "tutorial, cosine, T = 800": {**_TUTORIAL, "num_train_timesteps": 800},
+    "ours": {},
 }
 SAMPLERS = {
     "ddpm": (1000, 100, 50),
@@ -71,7 +78,7 @@ class Args:
     Attributes:
         table: Which.
         dataset_name: Hub id or folder.
-        only: Rows of the ablation to run, by name. None: all.
+        only: Rows of the ablation, or trainings of the tutorial's table, to run, by name. None: all.
         seeds: Seeds of the trainings; with several, a table shows mean and standard deviation.
         epochs: Epochs of training: of an ablation the first number; of the tutorial's table a column each.
         num_images: Images per distance.
@@ -155,28 +162,25 @@ def measure(
     )
 
 
+def chosen(args: Args, variants: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Those of the variants that --only names."""
+    if unknown := set(args.only) - set(variants):
+        raise ValueError(f"--only {sorted(unknown)[0]!r}: choose of {'; '.join(variants)}.")
+    return [(name, overrides) for name, overrides in variants.items() if not args.only or name in args.only]
+
+
 def ablation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per variant and seed."""
-    if unknown := set(args.only) - set(ABLATION):
-        raise ValueError(f"--only {sorted(unknown)[0]!r}: choose of {', '.join(ABLATION)}.")
-    for variant, overrides in ABLATION.items():
+    for variant, overrides in chosen(args, ABLATION):
         for seed in args.seeds:
-            if not args.only or variant in args.only:
-                name = f"ablation/{variant}-{seed}".replace(" ", "-").replace(",", "")
-                row = train_and_measure(args, name, round(args.epochs[0] * images_per_epoch), seed=seed, **overrides)
-                yield {"variant": variant, "training_seed": seed, "epochs": args.epochs[0], **row}
+            name = f"ablation/{variant}-{seed}".replace(" ", "-").replace(",", "")
+            row = train_and_measure(args, name, round(args.epochs[0] * images_per_epoch), seed=seed, **overrides)
+            yield {"variant": variant, "training_seed": seed, "epochs": args.epochs[0], **row}
 
 
 def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per training, number of epochs and seed."""
-    trainings = {
-        "tutorial, linear, T = 1000": {**TUTORIAL, "beta_schedule": "linear"},
-        "tutorial, cosine, T = 1000": TUTORIAL,
-        "tutorial, linear, T = 800": {**TUTORIAL, "beta_schedule": "linear", "num_train_timesteps": 800},
-        "tutorial, cosine, T = 800": {**TUTORIAL, "num_train_timesteps": 800},
-        "ours": {},
-    }
-    for variant, overrides in trainings.items():
+    for variant, overrides in chosen(args, TUTORIAL):
         for seed in args.seeds:
             for epochs in sorted(args.epochs):
                 # A constant learning rate lets one run go on to the next column; ours decays, and starts anew.
