@@ -165,7 +165,7 @@ def measure(
 def chosen(args: Args, variants: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """Those of the variants that --only names."""
     if unknown := set(args.only) - set(variants):
-        raise ValueError(f"--only {sorted(unknown)[0]!r}: choose of {'; '.join(variants)}.")
+        raise ValueError(f"--only {min(unknown)}: choose of {'; '.join(variants)}.")
     return [(name, overrides) for name, overrides in variants.items() if not args.only or name in args.only]
 
 

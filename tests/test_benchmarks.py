@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetModel
 
 from mini_ddpm.data import image_dataset, to_model_range
 
@@ -109,3 +109,43 @@ def test_speed_is_measured_beside_peers(tmp_path, benchmark):
         assert plot.size[0] > 500
     with pytest.raises(ValueError, match="--only nothing: choose of sampling, training"):
         speed.main(dataclasses.replace(args, only=("nothing",)))
+
+
+def test_the_quality_tables_are_made_of_real_trainings_once(tmp_path, benchmark, halves, monkeypatch):
+    quality = benchmark("quality")
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    shape = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetModel(shape).save_pretrained(tmp_path / "features")
+    args = quality.Args(
+        table="ablation",
+        dataset_name=str(halves),
+        only=("epsilon", "widths 32, 64"),
+        seeds=(0, 1),
+        epochs=(0.25,),
+        num_images=32,
+        num_inference_steps=2,
+        feature_extractor=str(tmp_path / "features"),
+        feature_dtype="fp32",
+        dtype="fp32",
+        mixed_precision="no",
+        torch_compile=False,
+        runs=tmp_path / "runs",
+        results=tmp_path / "results",
+    )
+    rows = quality.main(args)
+    settings = [(row["variant"], row["training_seed"], row["images_seen"]) for row in rows]
+    assert settings == [(variant, seed, 64) for variant in args.only for seed in args.seeds]
+    assert json.loads((args.results / "ablation.json").read_text()) == rows
+    configs = [json.loads(file.read_text()) for file in sorted(args.runs.glob("ablation/*/train_config.json"))]
+    changed = [(config["prediction_type"], config["block_out_channels"], config["seed"]) for config in configs]
+    assert changed == [("epsilon", None, 0), ("epsilon", None, 1)] + [("v_prediction", [32, 64], k) for k in (0, 1)]
+    table = (args.results / "ablation.md").read_text().splitlines()
+    mean = sum(row["frechet_distance"] for row in rows[:2]) / 2
+    assert table[2].startswith(f"| epsilon | 0.25 | 64 | {mean:.2f} ± ") and table[2].endswith(" | 2 |")
+    assert len(table) == 6 and table[-1].startswith("2 steps of MiniDDIMScheduler. 32 images ")
+
+    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    assert quality.main(args) == rows
+    with pytest.raises(ValueError, match="--only nothing: choose of the recipe; epsilon; "):
+        quality.main(dataclasses.replace(args, only=("nothing",)))
