@@ -38,10 +38,10 @@ SHIPPED := mnist mnist-class-conditional mnist-distilled
 EVALUATE := $(BIN)/mini-ddpm evaluate --feature-dtype bf16 --dtype bf16 --torch-compile $(ARGS)
 evaluation: $(VENV)/dev.stamp runs/mnist-classifier/config.json  ## measure the weights that ship: model_card/*/evaluation.json
 	$(EVALUATE) mnist --steps 50 --eta 1 --output-dir model_card/mnist
-	$(EVALUATE) mnist-class-conditional --steps 50 --eta 1 --guidance-scale 1 --classifier runs/mnist-classifier \
-	  --output-dir model_card/mnist-class-conditional
-	$(EVALUATE) mnist-class-conditional --steps 25 --eta 1 --guidance-scale 1.2 --classifier runs/mnist-classifier \
-	  --output-dir model_card/mnist-class-conditional
+	for sampling in "--steps 50 --eta 1 --guidance-scale 1" "--steps 20 --guidance-scale 1" \
+	  "--steps 40 --eta 1 --guidance-scale 1.5 --guidance-interval 0.35 0.6" "--steps 25 --eta 1 --guidance-scale 1.2"; do \
+	  $(EVALUATE) mnist-class-conditional $$sampling --classifier runs/mnist-classifier \
+	    --output-dir model_card/mnist-class-conditional || exit; done
 	$(EVALUATE) mnist-distilled --num-images 1000 --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
 	for name in $(SHIPPED); do cp model_card/$$name/evaluation.json src/mini_ddpm/pretrained/$$name/ || exit; done
 

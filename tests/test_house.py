@@ -254,12 +254,13 @@ def test_figures_in_the_readme_are_those_measured():
         assert rows == json.loads((mini_ddpm.PRETRAINED / name / "evaluation.json").read_text(encoding="utf-8"))
         assert (folder / "evaluation.md").read_text(encoding="utf-8") == markdown_table(rows)
         floor, settings = rows[0], table["Steps, eta, guidance"][column]
-        (drawn,) = (
-            row
-            for row in rows[1:]
-            if f"{row['num_inference_steps']}, {row['eta']:g}, {row.get('guidance_scale', '–')}".removesuffix(".0")
-            == settings
-        )
+
+        def read(row):
+            guidance = f"{row['guidance_scale']:g}" if "guidance_scale" in row else "–"
+            guidance += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
+            return f"{row['num_inference_steps']}, {row['eta']:g}, {guidance}"
+
+        (drawn,) = (row for row in rows[1:] if read(row) == settings)
         for key in ("fid", "precision", "recall", "coverage", "class_accuracy", "memorization"):
             title, reading = COLUMNS[key]
             for row, cell in ((drawn, table[title][column]), (floor, table[title][-1])):
