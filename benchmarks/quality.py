@@ -29,7 +29,8 @@ from mini_ddpm.evaluation import COLUMNS, EvaluateConfig, evaluate, markdown_tab
 from mini_ddpm.plots import sample_grid
 from mini_ddpm.training import TrainConfig, train
 
-# One part of the recipe changed at a time; the first row is the recipe.
+# One part of the recipe changed at a time; the first row is the recipe. Networks of another size also for about the
+# same time, at so many times the images.
 ABLATION: dict[str, dict[str, Any]] = {
     "the recipe": {},
     "epsilon": {"prediction_type": "epsilon"},
@@ -43,7 +44,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no saturation margin": {"saturation_margin": 0.0},
     "dropout 0.1": {"dropout": 0.1},
     "widths 32, 64": {"block_out_channels": (32, 64)},
+    "widths 32, 64, twice the images": {"block_out_channels": (32, 64), "images": 2},
     "widths 96, 128": {"block_out_channels": (96, 128)},
+    "widths 96, 128, half the images": {"block_out_channels": (96, 128), "images": 0.5},
     "one layer per block": {"layers_per_block": 1},
     "widths 32, 64, 96, no patches": {"preset": "tutorial-32", "block_out_channels": (32, 64, 96)},
 }
@@ -172,10 +175,12 @@ def chosen(args: Args, variants: dict[str, dict[str, Any]]) -> list[tuple[str, d
 def ablation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per variant and seed."""
     for variant, overrides in chosen(args, ABLATION):
+        epochs = args.epochs[0] * overrides.get("images", 1)
+        changed = {key: value for key, value in overrides.items() if key != "images"}
         for seed in args.seeds:
             name = f"ablation/{variant}-{seed}".replace(" ", "-").replace(",", "")
-            row = train_and_measure(args, name, round(args.epochs[0] * images_per_epoch), seed=seed, **overrides)
-            yield {"variant": variant, "training_seed": seed, "epochs": args.epochs[0], **row}
+            row = train_and_measure(args, name, round(epochs * images_per_epoch), seed=seed, **changed)
+            yield {"variant": variant, "training_seed": seed, "epochs": epochs, **row}
 
 
 def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
@@ -297,22 +302,25 @@ def table(rows: list[dict[str, Any]]) -> str:
             parts.append(f"`{variant}`\n\n" + markdown_table([row for row in rows if row["variant"] == variant]))
         return "\n".join(parts)
     distance = "fid" if "fid" in rows[-1] else "frechet_distance"
-    lines = [f"| | Epochs | Images seen | {COLUMNS[distance][0]} | Recall | Minutes | Seeds |"]
-    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    read = "class_accuracy" in rows[-1]  # by a classifier
+    lines = [
+        f"| | Epochs | Images seen | {COLUMNS[distance][0]} | Recall |{' Class accuracy |' * read} Minutes | Seeds |"
+    ]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|" + "--:|" * read)
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["variant"], row["epochs"]), []).append(row)
     for (variant, epochs), group in groups.items():
 
-        def mean(key: str, digits: int, group: list[dict[str, Any]] = group) -> str:
-            values = torch.tensor([row[key] for row in group], dtype=torch.float64)
+        def mean(key: str, digits: int, scale: int = 1, group: list[dict[str, Any]] = group) -> str:
+            values = scale * torch.tensor([row[key] for row in group], dtype=torch.float64)
             spread = f" ± {values.std():.{digits}f}" if len(group) > 1 else ""
             return f"{values.mean():.{digits}f}{spread}"
 
         minutes = sum(row["training_seconds"] for row in group) / len(group) / 60
         lines.append(
-            f"| {variant} | {epochs:g} | {group[0]['images_seen']:,} | {mean(distance, 2)} | {mean('recall', 3)} | "
-            f"{minutes:.1f} | {len(group)} |"
+            f"| {variant} | {epochs:.3g} | {group[0]['images_seen']:,} | {mean(distance, 2)} | {mean('recall', 3)} | "
+            f"{mean('class_accuracy', 1, 100) + ' % | ' if read else ''}{minutes:.1f} | {len(group)} |"
         )
     protocol = markdown_table(rows[-1:]).split("\n\n")[-1]
     first = rows[-1]

@@ -312,6 +312,16 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     assert not measured
 
 
+def test_the_table_of_the_ablation_in_the_readme_is_that_of_its_run(benchmark):
+    quality = benchmark("quality")
+    file = ROOT / "benchmarks" / "results" / "ablation.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    table = quality.table(rows)
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == table
+    assert {row["variant"] for row in rows} <= set(quality.ABLATION)
+    assert table.split("\n\n")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_speed_in_the_readme_is_that_of_its_run(benchmark):
     """`python benchmarks/speed.py` writes the JSON; README shows its summary and some of its ratios."""
     speed = benchmark("speed")
