@@ -26,7 +26,7 @@ import tyro
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation import COLUMNS, EvaluateConfig, evaluate, markdown_table
-from mini_ddpm.plots import sample_grid
+from mini_ddpm.plots import sample_grid, sampling_options
 from mini_ddpm.training import TrainConfig, train
 
 # One part of the recipe changed at a time; the first row is the recipe. Networks of another size also for about the
@@ -216,9 +216,8 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     teacher, counts = args.pipelines[0], [int(folder.name.split("-")[1]) for folder in folders]
     options: dict[str, Any] = {"output_dir": args.runs / "distillation" / "teacher"}
     taught = json.loads((folders[0] / "train_config.json").read_text())
-    guidance: dict[str, Any] = {"guidance_scale": taught["guidance_scale"]}
-    if (interval := tuple(taught.get("guidance_interval", (0, 1)))) != (0, 1):
-        guidance |= {"guidance_interval": interval}
+    guidance = {"guidance_scale": taught["guidance_scale"]}
+    guidance |= {"guidance_interval": tuple(taught.get("guidance_interval", (0, 1)))}
     options |= guidance
     if "default_num_inference_steps" in load_pipeline(teacher).config:
         raise ValueError(f"{teacher} is a student itself.")
@@ -262,11 +261,8 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
             f"{COLUMNS['kid'][1].format(row['kid'])} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
         )
     floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
-    guided = [row for row in rows if row.get("guidance_scale", 1) > 1]
-    interval = guided[0].get("guidance_interval") if guided else None
-    guidance = f"Guidance {guided[0]['guidance_scale']:g}" if guided else ""
-    guidance += " from {:g} to {:g} of the way".format(*interval) if interval else ""
-    guidance += ". " if guidance else ""
+    guided = (row for row in rows if row.get("guidance_scale", 1) > 1)
+    guidance = next((sampling_options(row).removeprefix(", ").capitalize() + ". " for row in guided), "")
     return "\n".join(lines) + f"\n\n{floor}{guidance}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
 
 

@@ -84,7 +84,8 @@ def sections(card):
 def test_card_says_what_the_folder_knows(run_folder):
     card = hub.render_card(hub.read_facts(run_folder) | {"repo_id": "user/digits", "revision": "0" * 40})
     data = ModelCard(card).data
-    assert data.library_name == "diffusers" and data.pipeline_tag == "unconditional-image-generation"
+    tags = data.to_dict()
+    assert tags["library_name"] == "diffusers" and tags["pipeline_tag"] == "unconditional-image-generation"
     assert data.datasets == ["ylecun/mnist"] and "mini-ddpm" in data.tags and data.license is None
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {
         "kid": 0.5,

@@ -182,7 +182,7 @@ class DDIMTeacher:
         self.described: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
-            "guidance_interval": list(guidance_interval),
+            "guidance_interval": guidance_interval,
         }
         self.defaults: dict[str, Any] = {"default_num_inference_steps": num_inference_steps}
         if self.unet.config.num_class_embeds is not None:
@@ -297,8 +297,7 @@ def distill(config: DistillConfig) -> list[Path]:
         training = dataclasses.replace(training, pretrained_model_name_or_path=teacher)
         # The students have the guidance in them.
         two_steps = DDIMTeacher(load_pipeline(teacher), steps, **(guidance if teacher == config.teacher else {}))
-        two_steps.described |= {**guidance, "guidance_interval": list(guidance["guidance_interval"])}
-        two_steps.described |= {"distilled_from": config.teacher}
+        two_steps.described |= {**guidance, "distilled_from": config.teacher}
         folder = train(training, two_steps)
         if is_main and config.num_evaluation_images:
             _measure(config, folder)

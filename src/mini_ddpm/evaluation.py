@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from .data import ImageDataset, image_dataset, to_model_range
 from .hub import DTYPES, find_device, guidance_of, is_bundled, load_pipeline, replace_scheduler
-from .plots import evaluation_curves
+from .plots import evaluation_curves, sampling_options
 from .sampling import Arrays, cached, content_hash, draw, weights_hash
 
 SHARD = 1000  # images that are cached together
@@ -711,10 +711,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["images"] == "real":
             title = f"real, {row['num_images']:,} of {row['drawn_from']} (the floor)"
         else:
-            title = f"{row['scheduler']}, {row['num_inference_steps']} steps"
-            title += f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
-            title += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
-            title += f", eta {row['eta']:g}" if row["eta"] else ""
+            title = f"{row['scheduler']}, {row['num_inference_steps']} steps{sampling_options(row)}"
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     protocol = rows[0]["protocol"]

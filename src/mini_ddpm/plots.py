@@ -200,6 +200,13 @@ def noising_strip(
     return sample_grid(_to_uint8(strip), labels, columns=len(columns), scale=scale)
 
 
+def sampling_options(row: dict[str, Any]) -> str:
+    """Guidance and eta of an evaluation's row, as they follow its sampler's name: ", guidance 1.5, eta 1"."""
+    text = f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
+    text += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
+    return text + (f", eta {row['eta']:g}" if row["eta"] else "")
+
+
 def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
     """Draw the distance from real images against network evaluations, and against seconds per image.
 
@@ -221,10 +228,8 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["images"] == "generated":
-            guidance = f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
-            guidance += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
-            eta = f", eta {row['eta']:g}" if row["eta"] else ""
-            curves.setdefault(row["scheduler"].removesuffix("Scheduler") + guidance + eta, []).append(row)
+            legend = row["scheduler"].removesuffix("Scheduler") + sampling_options(row)
+            curves.setdefault(legend, []).append(row)
     for axes, key, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("unet_evaluations", "seconds_per_image"),

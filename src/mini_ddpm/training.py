@@ -387,7 +387,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
 
     # 3. Where an earlier run got to. Nothing was written before this line.
     if is_main:
-        _claim_folder(config.output_dir, _described(config) | (teacher.described if teacher else {}))
+        _claim_folder(config.output_dir, vars(config) | (teacher.described if teacher else {}))
     accelerator.wait_for_everyone()
     first_step, seconds = 0, 0.0
     for checkpoint in _checkpoints(output_dir)[-1:]:
@@ -660,6 +660,7 @@ def _claim_folder(folder: Path, described: dict[str, Any]) -> None:
         ValueError: The folder holds something else than this run.
         OSError: It cannot be written.
     """
+    described = json.loads(json.dumps(described, default=str))  # as it is read back: lists for tuples, texts for paths
     config_file = folder / "train_config.json"
     if _checkpoints(folder) and config_file.exists():
         before = json.loads(config_file.read_text())
@@ -676,13 +677,6 @@ def _claim_folder(folder: Path, described: dict[str, Any]) -> None:
     temporary = folder / "train_config.json.tmp"
     temporary.write_text(json.dumps(described, indent=2) + "\n")
     os.replace(temporary, config_file)
-
-
-def _described(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON has it."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
-    described: dict[str, Any] = json.loads(json.dumps(values))
-    return described
 
 
 def _truncate_log(output_dir: Path, step: int) -> None:
