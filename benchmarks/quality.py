@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,10 +188,17 @@ def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per training, number of epochs and seed."""
     for variant, overrides in chosen(args, TUTORIAL):
         for seed in args.seeds:
+            shorter: Path | None = None
             for epochs in sorted(args.epochs):
-                # A constant learning rate lets one run go on to the next column; ours decays, and starts anew.
-                name = f"tutorial/{variant}-{seed}".replace(" ", "").replace(",", "-")
-                name += f"-{epochs:g}" if variant == "ours" else ""
+                name = f"tutorial/{variant}-{seed}-{epochs:g}".replace(" ", "").replace(",", "-")
+                folder = args.runs / name
+                # A constant learning rate lets a run go on from the column before; ours decays, and starts anew.
+                if shorter and "lr_scheduler" in overrides and not folder.exists():
+                    copy = folder.with_name(folder.name + ".tmp")
+                    shutil.rmtree(copy, ignore_errors=True)
+                    shutil.copytree(shorter, copy, ignore=shutil.ignore_patterns("evaluation*"))
+                    os.replace(copy, folder)
+                shorter = folder
                 row = train_and_measure(args, name, round(epochs * images_per_epoch), seed=seed, **overrides)
                 yield {"variant": variant, "training_seed": seed, "epochs": epochs, **row}
 

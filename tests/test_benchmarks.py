@@ -111,18 +111,21 @@ def test_speed_is_measured_beside_peers(tmp_path, benchmark):
         speed.main(dataclasses.replace(args, only=("nothing",)))
 
 
-def test_the_quality_tables_are_made_of_real_trainings_once(tmp_path, benchmark, halves, monkeypatch):
-    quality = benchmark("quality")
+@pytest.fixture
+def quality(benchmark, monkeypatch, tmp_path):
     monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "cache"))
+    return benchmark("quality")
+
+
+@pytest.fixture
+def tiny(quality, halves, tmp_path):
+    """Arguments of a table that takes seconds."""
     torch.manual_seed(0)
     shape = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     ResNetModel(shape).save_pretrained(tmp_path / "features")
-    args = quality.Args(
+    return quality.Args(
         table="ablation",
         dataset_name=str(halves),
-        only=("epsilon", "widths 32, 64"),
-        seeds=(0, 1),
-        epochs=(0.25,),
         num_images=32,
         num_inference_steps=2,
         feature_extractor=str(tmp_path / "features"),
@@ -133,6 +136,10 @@ def test_the_quality_tables_are_made_of_real_trainings_once(tmp_path, benchmark,
         runs=tmp_path / "runs",
         results=tmp_path / "results",
     )
+
+
+def test_the_ablation_is_made_of_real_trainings_once(quality, tiny, monkeypatch):
+    args = dataclasses.replace(tiny, only=("epsilon", "widths 32, 64"), seeds=(0, 1), epochs=(0.25,))
     rows = quality.main(args)
     settings = [(row["variant"], row["training_seed"], row["images_seen"]) for row in rows]
     assert settings == [(variant, seed, 64) for variant in args.only for seed in args.seeds]
@@ -149,3 +156,20 @@ def test_the_quality_tables_are_made_of_real_trainings_once(tmp_path, benchmark,
     assert quality.main(args) == rows
     with pytest.raises(ValueError, match="--only nothing: choose of the recipe; epsilon; "):
         quality.main(dataclasses.replace(args, only=("nothing",)))
+
+
+def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tiny, monkeypatch):
+    only = ("tutorial, cosine, T = 1000", "ours")
+    args = dataclasses.replace(tiny, table="tutorial", only=only, epochs=(1, 0.5))
+    rows = quality.main(args)
+    settings = [(row["variant"], row["epochs"], row["images_seen"]) for row in rows]
+    assert settings == [(variant, epochs, 256 * epochs) for variant in only for epochs in (0.5, 1)]
+    assert len({row["frechet_distance"] for row in rows}) == 4
+    folders = {path.name: path for path in (args.runs / "tutorial").iterdir()}
+    assert set(folders) == {f"tutorial-cosine-T=1000-0-{k}" for k in ("0.5", "1")} | {"ours-0-0.5", "ours-0-1"}
+    steps = {name: [file.name for file in sorted(folder.glob("checkpoint-*"))] for name, folder in folders.items()}
+    assert steps["tutorial-cosine-T=1000-0-1"] == ["checkpoint-1", "checkpoint-2"]  # went on from the column before
+    assert steps["ours-0-0.5"] == ["checkpoint-2"] and steps["ours-0-1"] == ["checkpoint-4"]  # a schedule of its own
+
+    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    assert quality.main(args) == rows
