@@ -221,7 +221,9 @@ def test_guidance_in_an_interval(labelled, interval, guided):
     assert labelled.num_guided_timesteps == 0
 
 
-@pytest.mark.parametrize("interval", [(0.6, 0.4), (0.5, 0.5), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.5,), "ab"])
+@pytest.mark.parametrize(
+    "interval", [(0.6, 0.4), (0.5, 0.5), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.5,), "ab", 0.5, None]
+)
 def test_bad_guidance_interval(labelled, interval):
     with pytest.raises(ValueError, match="`guidance_interval` must be two numbers with 0 <= start < end <= 1"):
         labelled([1], guidance_interval=interval)

@@ -188,7 +188,8 @@ class MiniDDPMClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
         numbers = (int, float, np.number)
-        start, end = guidance_interval if len(guidance_interval) == 2 else (None, None)
+        pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+        start, end = guidance_interval if pair else (None, None)
         if not (isinstance(start, numbers) and isinstance(end, numbers) and 0 <= start < end <= 1):
             raise ValueError(
                 "`guidance_interval` must be two numbers with 0 <= start < end <= 1 (guidance_scale=1 is no guidance),"
