@@ -301,7 +301,7 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     _check_protocol(rows)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme[readme.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
-    steps = [int(cell.split()[0]) for cell in shown[0].strip("|").split("|")[1:]]
+    steps = [int(cell.split()[0].replace(",", "")) for cell in shown[0].strip("|").split("|")[1:]]
     measured = {(row["scheduler"], row["num_inference_steps"]): row["fid"] for row in rows if "scheduler" in row}
     names = {"DDIM": "MiniDDIM", "DDPM": "MiniDDPM", "DPM-Solver++": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
     for line in shown[2:]:
