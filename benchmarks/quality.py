@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py ablation     # each part of the recipe changed alone, at a small budget
     python benchmarks/quality.py tutorial     # the tutorial's training and ours, FID at epochs 10, 50, 100
-    python benchmarks/quality.py samplers     # DDPM, DDIM, DPM-Solver++, UniPC on the weights that ship, by steps
+    python benchmarks/quality.py samplers     # DDPM, DDIM, DPM-Solver++, UniPC: by steps, and by their spacing
     python benchmarks/quality.py distillation # students of few steps beside their teacher, by steps, and a picture
     python benchmarks/quality.py weights      # train the weights that ship, and measure them
 
@@ -73,6 +73,7 @@ SAMPLERS = {
     "dpmsolver++": (20, 10, 5),
     "unipc": (20, 10, 5),
 }
+SPACINGS = {"leading": (50, 10), "linspace": (50, 10)}  # of DDIM, whose own is trailing
 
 
 @dataclass
@@ -204,7 +205,7 @@ def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
-    """One row per pipeline, scheduler and number of steps; guidance 1 where there is any."""
+    """One row per pipeline, scheduler, spacing and number of steps; guidance 1 where there is any."""
     for pipeline in args.pipelines:
         folder = args.runs / "samplers" / Path(pipeline).name
         options = {"guidance_scale": 1.0} if "conditional" in pipeline else {}
@@ -214,6 +215,14 @@ def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
             if steps:
                 done = measure(args, pipeline, steps, (scheduler,), output_dir=folder, **options)
         yield from ({"variant": Path(pipeline).name, **row} for row in done)
+        for spacing, counts in SPACINGS.items():
+            pipe = load_pipeline(pipeline)
+            pipe.scheduler.register_to_config(timestep_spacing=spacing)
+            spaced = folder.with_name(f"{folder.name}-{spacing}")
+            pipe.save_pretrained(spaced)
+            steps = tuple(count for count in counts if count <= args.max_steps)
+            for row in measure(args, str(spaced), steps, ("ddim",), **options) if steps else ():
+                yield {"variant": f"{Path(pipeline).name}, {spacing}", **row}
 
 
 def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:

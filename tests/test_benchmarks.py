@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetModel
 
+from mini_ddpm import MiniDDIMScheduler, MiniDDPMPipeline, MiniUNet2DModel
 from mini_ddpm.data import image_dataset, to_model_range
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
@@ -173,3 +174,16 @@ def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tin
 
     monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
     assert quality.main(args) == rows
+
+
+def test_the_samplers_table_tries_every_spacing(quality, tiny, tmp_path):
+    unet = MiniUNet2DModel(sample_size=8, block_out_channels=(32, 32))
+    MiniDDPMPipeline(unet, MiniDDIMScheduler()).save_pretrained(tmp_path / "digits")
+    rows = quality.main(
+        dataclasses.replace(tiny, table="samplers", pipelines=(str(tmp_path / "digits"),), max_steps=10)
+    )
+    drawn = [row for row in rows if row["images"] == "generated"]
+    ddim = {(r["variant"], r["num_inference_steps"]): r["frechet_distance"] for r in drawn if "DDIM" in r["scheduler"]}
+    assert set(ddim) == {("digits", 10), ("digits", 5), ("digits, leading", 10), ("digits, linspace", 10)}
+    assert len({distance for (_, steps), distance in ddim.items() if steps == 10}) == 3
+    assert "`digits, leading`\n\n| Images |" in (tiny.results / "samplers.md").read_text()

@@ -302,12 +302,17 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme[readme.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
     steps = [int(cell.split()[0].replace(",", "")) for cell in shown[0].strip("|").split("|")[1:]]
-    measured = {(row["scheduler"], row["num_inference_steps"]): row["fid"] for row in rows if "scheduler" in row}
+    measured = {}
+    for row in rows:
+        if "scheduler" in row:
+            _, _, spacing = row["variant"].partition(", ")
+            measured[row["scheduler"], spacing, row["num_inference_steps"]] = row["fid"]
     names = {"DDIM": "MiniDDIM", "DDPM": "MiniDDPM", "DPM-Solver++": "DPMSolverMultistep", "UniPC": "UniPCMultistep"}
     for line in shown[2:]:
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name, _, spacing = name.partition(", ")
         for count, cell in zip(steps, cells, strict=True):
-            fid = measured.pop((f"{names[name]}Scheduler", count), None)
+            fid = measured.pop((f"{names[name]}Scheduler", spacing, count), None)
             assert cell == ("" if fid is None else f"{fid:.2f}")
     assert not measured
 
