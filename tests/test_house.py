@@ -317,13 +317,14 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     assert not measured
 
 
-def test_the_table_of_the_ablation_in_the_readme_is_that_of_its_run(benchmark):
+@pytest.mark.parametrize("name", ["ablation", "tutorial"])
+def test_the_tables_of_trainings_in_the_readme_are_those_of_their_runs(benchmark, name):
     quality = benchmark("quality")
-    file = ROOT / "benchmarks" / "results" / "ablation.json"
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
     rows = json.loads(file.read_text(encoding="utf-8"))
     table = quality.table(rows)
     assert file.with_suffix(".md").read_text(encoding="utf-8") == table
-    assert {row["variant"] for row in rows} <= set(quality.ABLATION)
+    assert {row["variant"] for row in rows} <= set(getattr(quality, name.upper()))
     assert table.split("\n\n")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
