@@ -226,7 +226,7 @@ def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
-    """One row per number of steps: the student; its teacher with DDIM and DPM-Solver++, guided."""
+    """By number of steps: the student, with noise and without; its teacher with DDIM and DPM-Solver++, guided."""
     folders = sorted(args.students.glob("steps-*"), key=lambda folder: int(folder.name.split("-")[1]))
     if not folders:
         raise ValueError(f"There are no students in {args.students}. Make some: mini-ddpm distill --help.")
@@ -239,8 +239,9 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     if "default_num_inference_steps" in load_pipeline(teacher).config:
         raise ValueError(f"{teacher} is a student itself.")
     for folder, steps in zip(folders, counts, strict=True):
-        output_dir = args.runs / "distillation" / folder.name
-        yield {"variant": "student", **measure(args, str(folder), (steps,), output_dir=output_dir)[-1]}
+        for eta in (0.0, 0.5)[:steps]:  # one step ends at the image: there is nothing to add noise to
+            rows = measure(args, str(folder), (steps,), eta=eta, output_dir=args.runs / "distillation" / folder.name)
+            yield {"variant": "student", **rows[-1]}
     all_counts = tuple(count for count in (*counts, 50) if count <= args.max_steps)
     for row in measure(args, teacher, all_counts, ("ddim", "dpmsolver++"), **options):
         yield {"variant": "teacher", **row}
@@ -248,15 +249,20 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def picture(args: Args, teacher: str, guidance: dict[str, Any], folders: list[Path], counts: list[int]) -> None:
-    """The ten classes from one noise, by each student and by the teacher in 50 steps: RESULTS/distillation.png."""
+    """Up to ten classes from one noise, by each student and by the teacher in 50 steps: RESULTS/distillation.png."""
     drawn = []
-    for name, options in (*((str(folder), {}) for folder in folders), (teacher, guidance)):
+    for name, options in (
+        *((str(folder), {}) for folder in folders),
+        (teacher, {**guidance, "num_inference_steps": 50}),
+    ):
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
-        drawn.append(pipe(list(range(10)), generator=torch.Generator().manual_seed(0), **options).images)
+        classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
+        drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), **options).images)
     titles = [f"{count} step{'s' * (count > 1)}" for count in counts] + ["50 steps"]
-    images = [column[k] for i in range(0, 10, 2) for column in drawn for k in (i, i + 1)]
-    labels = [title for _ in range(5) for title in titles for _ in range(2)]
+    pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
+    images = [column[k] for pair in pairs for column in drawn for k in pair]
+    labels = [title for pair in pairs for title in titles for _ in pair]
     sample_grid(images, labels, columns=2 * len(titles)).save(args.results / "distillation.png")
 
 
@@ -271,6 +277,7 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(generated, key=lambda row: (row["num_inference_steps"], row["variant"], row["scheduler"])):
         sampler = row["scheduler"].removesuffix("Scheduler")
         title = "**student**" if row["variant"] == "student" else f"teacher, {sampler}"
+        title += f", eta {row['eta']:g}" if row["eta"] else ""
         ratio = f"{row[distance] / best[0]:.2f}" if best else ""
         accuracy = COLUMNS["class_accuracy"][1].format(row["class_accuracy"]) if "class_accuracy" in row else ""
         lines.append(
