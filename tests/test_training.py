@@ -308,6 +308,11 @@ def save(tiny_unet, tmp_path):
     return make
 
 
+def starting_from(folder, config, **changes):
+    shape = {"block_out_channels": None, "layers_per_block": None}
+    return dataclasses.replace(config, **shape, pretrained_model_name_or_path=folder, **changes)
+
+
 @pytest.mark.parametrize(
     ("known", "classes", "told"),
     [
@@ -324,9 +329,7 @@ def test_a_run_starts_as_the_pipeline_it_starts_from(save, config, tmp_path, kno
     for index in range(classes or 1):
         (tmp_path / "other" / str(index)).mkdir(parents=True)
         Image.new("L", (10, 12)).save(tmp_path / "other" / str(index) / "0.png")
-    config = dataclasses.replace(
-        config, pretrained_model_name_or_path=folder, class_conditional=classes is not None, dropout=0.5
-    )
+    config = starting_from(folder, config, class_conditional=classes is not None, dropout=0.5)
     unet, scheduler = _new_model(config, image_dataset(tmp_path / "other"))
     assert unet.config.num_class_embeds == (classes and classes + 1)
     assert unet.config.sample_size == (12, 10) and unet.config.dropout == 0.5
@@ -343,9 +346,7 @@ def test_a_run_starts_as_the_pipeline_it_starts_from(save, config, tmp_path, kno
 def test_shape_and_noise_schedule_are_those_of_the_pipeline(save, config):
     # Fewer timesteps than the configuration has, and than the steps in which grids of samples are drawn.
     folder, source = save(timesteps=20, prediction_type="epsilon", sample_size=28, num_class_embeds=None)
-    config = dataclasses.replace(
-        config, pretrained_model_name_or_path=folder, max_train_steps=1, save_images_epochs=1, train_batch_size=32
-    )
+    config = starting_from(folder, config, max_train_steps=1, save_images_epochs=1, train_batch_size=32)
     pipe = load_pipeline(train(config))
     assert (pipe.scheduler.config.num_train_timesteps, pipe.scheduler.config.prediction_type) == (20, "epsilon")
     assert list(pipe.unet.config.block_out_channels) == list(source.config.block_out_channels)
@@ -360,7 +361,7 @@ def test_shape_and_noise_schedule_are_those_of_the_pipeline(save, config):
 
 def test_a_cut_run_from_a_pipeline_goes_on(save, config, tmp_path):
     folder, source = save()
-    config = dataclasses.replace(config, pretrained_model_name_or_path=folder, class_conditional=True)
+    config = starting_from(folder, config, class_conditional=True)
     whole = train(config)
     cut = whole.with_name("cut")
     shutil.copytree(whole, cut)
@@ -377,8 +378,25 @@ def test_a_cut_run_from_a_pipeline_goes_on(save, config, tmp_path):
 def test_a_pipeline_of_other_images_is_refused(save, config):
     folder, source = save(in_channels=3, out_channels=3)
     with pytest.raises(ValueError, match="3 channels, and those of .* have 1") as error:
-        train(dataclasses.replace(config, pretrained_model_name_or_path=folder))
+        train(starting_from(folder, config))
     assert "\n" not in str(error.value)
+    assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("preset", "tutorial-32"),
+        ("block_out_channels", (8, 8)),
+        ("prediction_type", "epsilon"),
+        ("layers_per_block", 3),
+    ],
+)
+def test_another_shape_or_schedule_than_the_pipelines_is_refused(save, config, field, value):
+    folder, source = save()
+    config = dataclasses.replace(starting_from(folder, config), **{field: value})
+    with pytest.raises(ValueError, match=rf"{field}=.* cannot be had: the shape and the noise schedule are those of"):
+        train(config)
     assert not config.output_dir.exists()
 
 

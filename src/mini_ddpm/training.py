@@ -55,6 +55,15 @@ _FREE_TO_CHANGE = {
     "dataloader_num_workers",
     "torch_compile",
 }
+# Fields that say what a pipeline to start from has already.
+_FROM_PRETRAINED = (
+    "preset",
+    "block_out_channels",
+    "layers_per_block",
+    "num_train_timesteps",
+    "beta_schedule",
+    "prediction_type",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class TrainConfig:
     """Share of labels replaced by the null label, so that guidance can be used (arXiv 2207.12598)."""
 
     pretrained_model_name_or_path: str | None = None
-    """Start from a pipeline's weights, shape and noise schedule: a name that ships, a folder or a Hub id."""
+    """Start from a pipeline's weights, of its shape and noise schedule: a name that ships, a folder or a Hub id."""
     preset: str = "mini"
     """Shape of the U-Net: mini, tutorial-32 or tutorial-64."""
     block_out_channels: tuple[int, ...] | None = None
@@ -525,6 +534,15 @@ def _new_model(config: TrainConfig, dataset: ImageDataset) -> tuple[MiniUNet2DMo
                 f"{config.pretrained_model_name_or_path} draws images of {pipe.unet.config.in_channels} channels, and "
                 f"those of {config.dataset_name!r} have {channels}. Train from scratch, or on images of its kind."
             )
+        theirs = {**pipe.scheduler.config, **pipe.unet.config}
+        theirs["block_out_channels"] = tuple(theirs["block_out_channels"])
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name in _FROM_PRETRAINED and value not in (field.default, theirs.get(field.name)):
+                raise ValueError(
+                    f"{field.name}={value!r} cannot be had: the shape and the noise schedule are those of "
+                    f"{config.pretrained_model_name_or_path}. Leave it out, or train from scratch."
+                )
         unet = MiniUNet2DModel.from_config(pipe.unet.config, **overrides)
         _copy_weights(pipe.unet, unet)
         return unet, MiniDDIMScheduler.from_config(pipe.scheduler.config)
