@@ -220,3 +220,18 @@ def test_the_table_of_distillation_has_students_and_teacher(quality, tiny, halve
     assert table[10].split(" | ")[4] == "1.00" and "Guidance 1.5. 32 images " in table[-1]
     with Image.open(args.results / "distillation.png") as picture:
         assert picture.size[0] > 80
+
+
+def test_the_weights_are_trained_and_measured_by_one_command(quality, tiny, monkeypatch):
+    args = dataclasses.replace(tiny, table="weights", epochs=(1,))
+    rows = quality.main(args)
+    drawn = [(row["variant"], row["eta"], row.get("guidance_scale")) for row in rows if row["images"] == "generated"]
+    assert drawn == [("mnist-class-conditional", 1, 1), ("mnist-class-conditional", 1, 1.5), ("mnist", 1, None)]
+    trained = {
+        name: json.loads((args.runs / name / "train_config.json").read_text()) for name in ("mnist", drawn[0][0])
+    }
+    assert trained["mnist"]["pretrained_model_name_or_path"] == str(args.runs / "mnist-class-conditional")
+    assert (args.results / "weights.md").read_text().count("guidance 1.5 from 0.35 to 0.6, eta 1") == 1
+
+    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    assert quality.main(args) == rows
