@@ -73,7 +73,8 @@ SAMPLERS = {
     "dpmsolver++": (20, 10, 5),
     "unipc": (20, 10, 5),
 }
-SPACINGS = {"leading": (50, 10), "linspace": (50, 10)}  # of DDIM, whose own is trailing
+SPACINGS = ("leading", "linspace")  # beside trailing, which all else has
+SPACED_SAMPLERS = {"ddim": (50, 10)}
 
 
 @dataclass
@@ -207,22 +208,21 @@ def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per pipeline, scheduler, spacing and number of steps; guidance 1 where there is any."""
     for pipeline in args.pipelines:
-        folder = args.runs / "samplers" / Path(pipeline).name
         options = {"guidance_scale": 1.0} if "conditional" in pipeline else {}
-        done: list[dict[str, Any]] = []
-        for scheduler, counts in SAMPLERS.items():
-            steps = tuple(count for count in counts if count <= args.max_steps)
-            if steps:
-                done = measure(args, pipeline, steps, (scheduler,), output_dir=folder, **options)
-        yield from ({"variant": Path(pipeline).name, **row} for row in done)
-        for spacing, counts in SPACINGS.items():
-            pipe = load_pipeline(pipeline)
-            pipe.scheduler.register_to_config(timestep_spacing=spacing)
-            spaced = folder.with_name(f"{folder.name}-{spacing}")
-            pipe.save_pretrained(spaced)
-            steps = tuple(count for count in counts if count <= args.max_steps)
-            for row in measure(args, str(spaced), steps, ("ddim",), **options) if steps else ():
-                yield {"variant": f"{Path(pipeline).name}, {spacing}", **row}
+        for spacing in ("", *SPACINGS):
+            name, measured = Path(pipeline).name, pipeline
+            folder = args.runs / "samplers" / f"{name}-{spacing}".removesuffix("-")
+            if spacing:
+                pipe = load_pipeline(pipeline)
+                pipe.scheduler.register_to_config(timestep_spacing=spacing)
+                pipe.save_pretrained(folder)
+                name, measured = f"{name}, {spacing}", str(folder)
+            done: list[dict[str, Any]] = []
+            for scheduler, counts in (SPACED_SAMPLERS if spacing else SAMPLERS).items():
+                steps = tuple(count for count in counts if count <= args.max_steps)
+                if steps:
+                    done = measure(args, measured, steps, (scheduler,), output_dir=folder, **options)
+            yield from ({"variant": name, **row} for row in done)
 
 
 def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:

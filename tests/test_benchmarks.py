@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetModel
 
-from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, MiniUNet2DModel
+from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline
 from mini_ddpm.data import image_dataset, to_model_range
 from mini_ddpm.distillation import DistillConfig, distill
 
@@ -178,25 +178,16 @@ def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tin
 
 
 @pytest.fixture
-def digits(tmp_path):
-    """Makes the folder of a pipeline that has learned nothing."""
-
-    def make(num_class_embeds=None):
-        torch.manual_seed(0)
-        unet = MiniUNet2DModel(sample_size=8, block_out_channels=(32, 32), num_class_embeds=num_class_embeds)
-        scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
-        if num_class_embeds is None:
-            pipe = MiniDDPMPipeline(unet, scheduler)
-        else:
-            pipe = MiniDDPMClassConditionalPipeline(unet, scheduler, id2label={0: "left", 1: "right"})
-        pipe.save_pretrained(tmp_path / "digits")
-        return tmp_path / "digits"
-
-    return make
+def digits(tiny_unet, tmp_path):
+    """The folder of a pipeline that has learned nothing."""
+    scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
+    pipe = MiniDDPMClassConditionalPipeline(tiny_unet(num_class_embeds=3), scheduler, id2label={0: "left", 1: "right"})
+    pipe.save_pretrained(tmp_path / "digits")
+    return str(tmp_path / "digits")
 
 
 def test_the_samplers_table_tries_every_spacing(quality, tiny, digits):
-    rows = quality.main(dataclasses.replace(tiny, table="samplers", pipelines=(str(digits()),), max_steps=10))
+    rows = quality.main(dataclasses.replace(tiny, table="samplers", pipelines=(digits,), max_steps=10))
     drawn = [row for row in rows if row["images"] == "generated"]
     ddim = {(r["variant"], r["num_inference_steps"]): r["frechet_distance"] for r in drawn if "DDIM" in r["scheduler"]}
     assert set(ddim) == {("digits", 10), ("digits", 5), ("digits, leading", 10), ("digits, linspace", 10)}
@@ -205,10 +196,10 @@ def test_the_samplers_table_tries_every_spacing(quality, tiny, digits):
 
 
 def test_the_table_of_distillation_has_students_and_teacher(quality, tiny, halves, tmp_path, digits):
-    teacher, students = str(digits(num_class_embeds=3)), tmp_path / "students"
-    distilling = DistillConfig(teacher, students, 1, rounds=2, images_per_round=64, dataset_name=str(halves))
+    students = tmp_path / "students"
+    distilling = DistillConfig(digits, students, 1, rounds=2, images_per_round=64, dataset_name=str(halves))
     distill(dataclasses.replace(distilling, guidance_scale=1.5, log_with="none"))
-    args = dataclasses.replace(tiny, table="distillation", pipelines=(teacher,), students=students)
+    args = dataclasses.replace(tiny, table="distillation", pipelines=(digits,), students=students)
     quality.main(args)
     table = (args.results / "distillation.md").read_text().splitlines()
     titles = ["1 | **student**", "1 | teacher, DPMSolverMultistep", "1 | teacher, MiniDDIM", "2 | **student**"]

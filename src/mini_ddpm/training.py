@@ -536,11 +536,11 @@ def _new_model(config: TrainConfig, dataset: ImageDataset) -> tuple[MiniUNet2DMo
             )
         theirs = {**pipe.scheduler.config, **pipe.unet.config}
         theirs["block_out_channels"] = tuple(theirs["block_out_channels"])
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if field.name in _FROM_PRETRAINED and value not in (field.default, theirs.get(field.name)):
+        for name in _FROM_PRETRAINED:
+            value = getattr(config, name)
+            if value not in (getattr(TrainConfig, name), theirs.get(name)):
                 raise ValueError(
-                    f"{field.name}={value!r} cannot be had: the shape and the noise schedule are those of "
+                    f"{name}={value!r} cannot be had: the shape and the noise schedule are those of "
                     f"{config.pretrained_model_name_or_path}. Leave it out, or train from scratch."
                 )
         unet = MiniUNet2DModel.from_config(pipe.unet.config, **overrides)
