@@ -274,10 +274,16 @@ def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: b
     return images
 
 
-def _saturated_ends(dataset: ImageDataset) -> tuple[bool, bool]:
-    """Whether a tenth or more of the pixels, of up to a thousand pictures, are all black, and all white."""
+def saturated_ends(dataset: ImageDataset, tolerance: int = 0, share: float = 0.1) -> tuple[bool, bool]:
+    """Whether so large a share of the pixels, of up to a thousand pictures, is all black, and all white.
+
+    Args:
+        dataset: The images.
+        tolerance: How many bytes a level may be from 0, or from 255, to be counted.
+        share: Of all pixels, in [0, 1].
+    """
     pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
-    return bool((pixels == 0).mean() >= 0.1), bool((pixels == 255).mean() >= 0.1)
+    return bool((pixels <= tolerance).mean() >= share), bool((pixels >= 255 - tolerance).mean() >= share)
 
 
 class Teacher(Protocol):
@@ -363,7 +369,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     # 2. The network and its optimizer.
     set_seed(config.seed)
     unet, scheduler = _new_model(config, dataset)
-    ends = _saturated_ends(dataset) if config.saturation_margin else (False, False)
+    ends = saturated_ends(dataset) if config.saturation_margin else (False, False)
     clip_sample_range = 1 + config.saturation_margin if any(ends) else 1.0
     scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
     levels = torch.arange(scheduler.config.num_train_timesteps) if teacher is None else teacher.timesteps
