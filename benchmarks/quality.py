@@ -226,7 +226,7 @@ def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
-    """By number of steps: the student, with noise and without; its teacher with DDIM and DPM-Solver++, guided."""
+    """By number of steps: the student; its teacher with DDIM and DPM-Solver++, guided."""
     folders = sorted(args.students.glob("steps-*"), key=lambda folder: int(folder.name.split("-")[1]))
     if not folders:
         raise ValueError(f"There are no students in {args.students}. Make some: mini-ddpm distill --help.")
@@ -239,9 +239,8 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     if "default_num_inference_steps" in load_pipeline(teacher).config:
         raise ValueError(f"{teacher} is a student itself.")
     for folder, steps in zip(folders, counts, strict=True):
-        for eta in (0.0, 0.5)[:steps]:  # one step ends at the image: there is nothing to add noise to
-            rows = measure(args, str(folder), (steps,), eta=eta, output_dir=args.runs / "distillation" / folder.name)
-            yield {"variant": "student", **rows[-1]}
+        rows = measure(args, str(folder), (steps,), output_dir=args.runs / "distillation" / folder.name)
+        yield {"variant": "student", **rows[-1]}
     all_counts = tuple(count for count in (*counts, 50) if count <= args.max_steps)
     for row in measure(args, teacher, all_counts, ("ddim", "dpmsolver++"), **options):
         yield {"variant": "teacher", **row}
@@ -277,7 +276,6 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(generated, key=lambda row: (row["num_inference_steps"], row["variant"], row["scheduler"])):
         sampler = row["scheduler"].removesuffix("Scheduler")
         title = "**student**" if row["variant"] == "student" else f"teacher, {sampler}"
-        title += f", eta {row['eta']:g}" if row["eta"] else ""
         ratio = f"{row[distance] / best[0]:.2f}" if best else ""
         accuracy = COLUMNS["class_accuracy"][1].format(row["class_accuracy"]) if "class_accuracy" in row else ""
         lines.append(

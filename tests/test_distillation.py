@@ -267,8 +267,9 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
         assert f"is drawn in {steps} steps" in card and "2210.03142" in card and "images = pipe([0, 1]).images" in card
 
     # A student can be a teacher, of half its own steps and of nothing else.
-    (one,) = distill(dataclasses.replace(config, teacher=str(folders[-1]), num_inference_steps=1, rounds=None))
-    assert one.name == "steps-1"
+    alone = {"teacher": str(folders[-1]), "rounds": None, "saturate": False}
+    (one,) = distill(dataclasses.replace(config, num_inference_steps=1, **alone))
+    assert one.name == "steps-1" and taught[-1] == (1, (0.0, True, True))
     with pytest.raises(ValueError, match=r"takes 4 steps; 1 halvings of 6 lead to 3. Choose --to of 2, 1."):
         distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
 

@@ -60,6 +60,8 @@ class DistillConfig:
     """Classifier-free guidance to distil in; 1 for none. None: what the teacher takes by itself."""
     guidance_interval: tuple[float, float] | None = None
     """Distil guidance in only between these shares of the way from noise, 0, to image, 1. None: all the way."""
+    saturate: bool = True
+    """Where images have areas of black or white, learn as quite so what the teacher draws nearly so. Else: mottled."""
 
     dataset_name: str = "ylecun/mnist"
     """The images that the teacher was trained on: Hub id or folder."""
@@ -310,7 +312,7 @@ def distill(config: DistillConfig) -> list[Path]:
     margin = round(pipe.scheduler.config.clip_sample_range - 1, 6) if pipe.scheduler.config.clip_sample else 0.0
     margin = min(max(margin, 0.0), 1.0)
     trainings = [config._round(config.teacher, steps, margin, conditional) for steps in counts]
-    first = {**guidance, "saturation": (margin, *saturated_ends(dataset, tolerance=5, share=0.05))}
+    first = {**guidance, "saturation": (margin * config.saturate, *saturated_ends(dataset, 5, 0.05))}
 
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
@@ -326,7 +328,7 @@ def distill(config: DistillConfig) -> list[Path]:
         training = dataclasses.replace(training, pretrained_model_name_or_path=teacher)
         # The students have the guidance in them, and the ends.
         two_steps = DDIMTeacher(load_pipeline(teacher), steps, **(first if teacher == config.teacher else {}))
-        two_steps.described |= {**guidance, "distilled_from": config.teacher}
+        two_steps.described |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
         folder = train(training, two_steps)
         if is_main and config.num_evaluation_images:
             _measure(config, folder)
