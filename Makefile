@@ -42,7 +42,7 @@ evaluation: $(VENV)/dev.stamp runs/mnist-classifier/config.json  ## measure the 
 	  "--steps 40 --eta 1 --guidance-scale 1.5 --guidance-interval 0.35 0.6" "--steps 25 --eta 1 --guidance-scale 1.2"; do \
 	  $(EVALUATE) mnist-class-conditional $$sampling --classifier runs/mnist-classifier \
 	    --output-dir model_card/mnist-class-conditional || exit; done
-	$(EVALUATE) mnist-distilled --num-images 1000 --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
+	$(EVALUATE) mnist-distilled --num-images 4000 --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
 	for name in $(SHIPPED); do cp model_card/$$name/evaluation.json src/mini_ddpm/pretrained/$$name/ || exit; done
 
 runs/mnist-classifier/config.json: | $(VENV)/dev.stamp

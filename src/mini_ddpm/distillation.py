@@ -8,7 +8,8 @@
 (Salimans & Ho, arXiv 2202.00512: algorithm 2, eq. 9, appendix G.) Here α_t² = ᾱ_t and σ_t² = 1 - ᾱ_t. The student
 starts as a copy of its teacher; at the end of a round it is the teacher of the next, of half as many steps. x̃ is a
 function of z_t, where the x of the data is not, so that one step can hit it: no blur of all images that z_t may have
-come from.
+come from. Not in the papers: where the last step ends, what is nearly black or white in x̃ is moved beyond, see
+[`saturate`].
 
 Guidance is distilled in (Meng et al., arXiv 2210.03142): the first teacher is a guided one, and no student needs a
 second evaluation. One scale, fixed: to embed it would take another input, and with it another network than the
