@@ -218,6 +218,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     name, title = next(
         (key, title)
@@ -246,6 +247,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
         axes.tick_params(axis="both", which="both", labelsize=8)
         axes.grid(True, which="both", alpha=0.3)
     axes.legend()
