@@ -33,6 +33,7 @@ from mini_ddpm.training import (
     _noise_batch,
     beyond_saturation,
     compute_loss,
+    saturated_ends,
     train,
 )
 
@@ -409,6 +410,16 @@ def test_pixels_at_the_ends_are_moved_beyond_them():
     assert moved == [-1.25, images[0, 0, 0, 1].item(), 0.0, 1.0]
     assert beyond_saturation(images, 0.25, black=False, white=True).flatten().tolist()[-1] == 1.25
     assert beyond_saturation(images, 0.25, black=False, white=False) is images
+
+
+def test_the_ends_are_those_that_a_share_of_the_pixels_has(tmp_path):
+    pixels = np.zeros((10, 10), dtype=np.uint8)
+    pixels[0] = 253  # a tenth; MNIST's strokes are so
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    dataset = image_dataset(str(tmp_path), "train")
+    assert saturated_ends(dataset) == (True, False)
+    assert saturated_ends(dataset, tolerance=5) == (True, True)
+    assert saturated_ends(dataset, tolerance=5, share=0.2) == (True, False)
 
 
 def test_black_comes_out_black(config, tmp_path):
