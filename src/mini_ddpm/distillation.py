@@ -195,7 +195,7 @@ class DDIMTeacher:
 
         alphas_cumprod = student.alphas_cumprod.double()
         at_end = torch.where(end < 0, student.final_alpha_cumprod.double(), alphas_cumprod[end.clamp(min=0)])
-        self._between, self._at_image, self._saturation = between, end < 0, saturation
+        self._between, self._saturation = between, saturation
         position = torch.arange(2 * num_inference_steps).double() / (2 * num_inference_steps)
         self._guided = torch.zeros(len(every_t), dtype=torch.bool)  # by t
         self._guided[scheduler.timesteps] = (position >= guidance_interval[0]) & (position < guidance_interval[1])
@@ -211,7 +211,7 @@ class DDIMTeacher:
         """Move to `device`, and compile the network if asked to."""
         self.unet = self.unet.to(device=device, memory_format=torch.channels_last)
         self._between, self._levels = self._between.to(device), self._levels.float().to(device)
-        self._guided, self._at_image = self._guided.to(device), self._at_image.to(device)
+        self._guided = self._guided.to(device)
         if compiled:
             self.unet.compile()
 
@@ -233,8 +233,8 @@ class DDIMTeacher:
         end = self._step(middle, self._between[timesteps], class_labels)
         ratio = sigma_end / sigma
         target = (end - ratio * sample) / (alpha_end - ratio * alpha)
-        at_image = self._at_image[timesteps][:, None, None, None]  # where the student's last step ends
-        target = torch.where(at_image, saturate(target, *self._saturation), target)
+        last = (timesteps == self.timesteps[-1])[:, None, None, None]  # the student's step that ends at the image
+        target = torch.where(last, saturate(target, *self._saturation), target)
         return target, (sample - alpha * target) / sigma
 
     def _step(self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
