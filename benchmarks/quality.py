@@ -26,9 +26,9 @@ import torch
 import tyro
 
 from mini_ddpm import load_pipeline
-from mini_ddpm.evaluation import COLUMNS, EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.evaluation.evaluate import COLUMNS, EvaluateConfig, evaluate, markdown_table
 from mini_ddpm.plots import sample_grid, sampling_options
-from mini_ddpm.training import TrainConfig, train
+from mini_ddpm.training.train import TrainConfig, train
 
 # One part of the recipe changed at a time; the first row is the recipe. Networks of another size also for about the
 # same time, at so many times the images.

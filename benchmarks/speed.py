@@ -79,7 +79,7 @@ class Contestant:
 
 def ours(args: Args, preset: str = "mini", dtype: torch.dtype = torch.float32, compiled: bool = False) -> Contestant:
     from mini_ddpm import MiniDDIMScheduler, MiniDDPMPipeline, MiniUNet2DModel
-    from mini_ddpm.training import compute_loss
+    from mini_ddpm.training.loss import compute_loss
 
     network = MiniUNet2DModel.from_preset(preset, sample_size=SIZE, in_channels=1, out_channels=1)
     network = network.to(args.device, dtype).eval()

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from mini_ddpm.data import image_dataset, to_model_range
-from mini_ddpm.hub import find_device
+from mini_ddpm.options import find_device
 
 BATCH_SIZE = 128
 LEARNING_RATE = 3e-3

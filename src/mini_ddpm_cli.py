@@ -26,9 +26,9 @@ import tyro
 if TYPE_CHECKING:
     import numpy as np
 
-    from mini_ddpm.distillation import DistillConfig
-    from mini_ddpm.evaluation import EvaluateConfig
-    from mini_ddpm.training import TrainConfig
+    from mini_ddpm.evaluation.evaluate import EvaluateConfig
+    from mini_ddpm.training.distill import DistillConfig
+    from mini_ddpm.training.train import TrainConfig
 
 # PIPELINE, not [STR]; INT, not {None}|INT
 _TYRO = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
@@ -117,15 +117,17 @@ def sample(config: SampleConfig) -> None:
         import torch
         from diffusers.utils import logging as diffusers_logging
 
-        from mini_ddpm import hub, plots
+        from mini_ddpm import options as choices
+        from mini_ddpm import plots
+        from mini_ddpm.hub.load import load_pipeline
         from mini_ddpm.sampling import draw
 
-        device = hub.find_device(config.device)
+        device = choices.find_device(config.device)
         diffusers_logging.disable_progress_bar()  # the one for reading files, over before it can be seen
         name = pipeline_to_sample(config)
-        pipe: Any = hub.load_pipeline(name, dtype=hub.DTYPES[config.dtype], revision=config.revision)
+        pipe: Any = load_pipeline(name, dtype=choices.DTYPES[config.dtype], revision=config.revision)
         if config.scheduler is not None:
-            pipe.scheduler = hub.replace_scheduler(pipe.scheduler, config.scheduler)
+            pipe.scheduler = choices.replace_scheduler(pipe.scheduler, config.scheduler)
         pipe.to(device)
 
         film = kind in (".gif", ".webp")
@@ -135,7 +137,7 @@ def sample(config: SampleConfig) -> None:
         steps = config.num_inference_steps
         steps = pipe.config.get("default_num_inference_steps", 20) if steps is None else steps
         options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
-        options |= hub.guidance_of(pipe, name, config.guidance_scale, config.guidance_interval)
+        options |= choices.resolve_guidance(pipe, name, config.guidance_scale, config.guidance_interval)
 
         if config.torch_compile:
             pipe.unet.compile()
@@ -194,7 +196,7 @@ def sample(config: SampleConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """Train a pipeline on MNIST or on images of your own."""
-    from mini_ddpm import training
+    from mini_ddpm.training import train as training
 
     folder = training.train(config)
     if os.environ.get("RANK", "0") == "0":  # one line from `accelerate launch` with many processes
@@ -205,7 +207,7 @@ def distill(config: DistillConfig) -> None:
     """Distil a pipeline into one that draws in four steps, two, or one."""
     from diffusers.utils import logging as diffusers_logging
 
-    from mini_ddpm import distillation
+    from mini_ddpm.training import distill as distillation
 
     diffusers_logging.disable_progress_bar()  # the one for reading files
     folders = distillation.distill(config)
@@ -217,7 +219,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Measure a pipeline against real images: FID and more."""
     from diffusers.utils import logging as diffusers_logging
 
-    from mini_ddpm import evaluation
+    from mini_ddpm.evaluation import evaluate as evaluation
 
     diffusers_logging.disable_progress_bar()  # the one for reading files
     print(evaluation.markdown_table(evaluation.evaluate(config)), end="")
@@ -239,14 +241,16 @@ class CardConfig:
 
 def card(config: CardConfig) -> None:
     """Show the model card of a pipeline, or write it with its facts."""
-    from mini_ddpm import hub
+    from mini_ddpm.hub.card import export_card, render_card
+    from mini_ddpm.hub.facts import read_facts
+    from mini_ddpm.hub.load import local_folder
 
-    folder = hub.local_folder(config.pipeline)
-    facts = hub.read_facts(folder) | ({"repo_id": config.repo_id} if config.repo_id else {})
+    folder = local_folder(config.pipeline)
+    facts = read_facts(folder) | ({"repo_id": config.repo_id} if config.repo_id else {})
     if config.out is None:
-        print(hub.render_card(facts), end="")
+        print(render_card(facts), end="")
     else:
-        hub.export_card(folder, facts, config.out)
+        export_card(folder, facts, config.out)
         print(f"{config.out}: README.md, facts.json" + (", samples.png" if "picture" in facts else ""))
 
 
@@ -280,17 +284,17 @@ def push(config: PushConfig) -> None:
     """Publish a pipeline on the Hub."""
     from diffusers.utils import logging as diffusers_logging
 
-    from mini_ddpm import hub
+    from mini_ddpm.hub import publish
 
     diffusers_logging.disable_progress_bar()  # the one for reading files; that of the upload stays
     if config.dry_run:
-        with hub.stage(config.folder) as folder:
+        with publish.stage(config.folder) as folder:
             files = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         for path, size in sorted(files.items()):
             print(f"{size:>12,}  {path.as_posix()}")
         print(f"{sum(files.values()):>12,}  bytes in {len(files)} files for {config.repo_id}; nothing was pushed")
         return
-    commit = hub.push(
+    commit = publish.push(
         config.folder,
         config.repo_id,
         commit_message=config.message,
@@ -314,18 +318,18 @@ class VerifyConfig:
 
 def verify(config: VerifyConfig) -> None:
     """Check a pulled pipeline against the Hub's checksums."""
-    from mini_ddpm import hub
+    from mini_ddpm.hub import download
 
-    commit, count = hub.verify(config.repo_id, revision=config.revision)
+    commit, count = download.verify(config.repo_id, revision=config.revision)
     print(f"{config.repo_id} at {commit}: {count} files are what the Hub has")
 
 
 # What runs, and the dataclass its flags are made from, imported only when the command is asked for.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli.SampleConfig"),
-    "train": (train, "mini_ddpm.training.TrainConfig"),
-    "distill": (distill, "mini_ddpm.distillation.DistillConfig"),
-    "evaluate": (evaluate, "mini_ddpm.evaluation.EvaluateConfig"),
+    "train": (train, "mini_ddpm.training.train.TrainConfig"),
+    "distill": (distill, "mini_ddpm.training.distill.DistillConfig"),
+    "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate.EvaluateConfig"),
     "card": (card, "mini_ddpm_cli.CardConfig"),
     "push": (push, "mini_ddpm_cli.PushConfig"),
     "verify": (verify, "mini_ddpm_cli.VerifyConfig"),

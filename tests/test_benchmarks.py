@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetMo
 
 from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline
 from mini_ddpm.data import image_dataset, to_model_range
-from mini_ddpm.distillation import DistillConfig, distill
+from mini_ddpm.training.distill import DistillConfig, distill
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
 
@@ -154,7 +154,7 @@ def test_the_ablation_is_made_of_real_trainings_once(quality, tiny, monkeypatch)
     assert table[2].startswith(f"| epsilon | 0.25 | 64 | {mean:.2f} ± ") and table[2].endswith(" | 2 |")
     assert len(table) == 6 and table[-1].startswith("2 steps of MiniDDIMScheduler. 32 images ")
 
-    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
     assert quality.main(args) == rows
     with pytest.raises(ValueError, match="--only nothing: choose of the recipe; epsilon; "):
         quality.main(dataclasses.replace(args, only=("nothing",)))
@@ -173,7 +173,7 @@ def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tin
     assert steps["tutorial-cosine-T=1000-0-1"] == ["checkpoint-1", "checkpoint-2"]  # went on from the column before
     assert steps["ours-0-0.5"] == ["checkpoint-2"] and steps["ours-0-1"] == ["checkpoint-4"]  # a schedule of its own
 
-    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
     assert quality.main(args) == rows
 
 
@@ -224,5 +224,5 @@ def test_the_weights_are_trained_and_measured_by_one_command(quality, tiny, monk
     assert trained["mnist"]["pretrained_model_name_or_path"] == str(args.runs / "mnist-class-conditional")
     assert (args.results / "weights.md").read_text().count("guidance 1.5 from 0.35 to 0.6, eta 1") == 1
 
-    monkeypatch.setattr("mini_ddpm.training.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
     assert quality.main(args) == rows

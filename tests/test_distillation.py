@@ -18,8 +18,9 @@ from mini_ddpm import (
     distillation,
     load_pipeline,
 )
-from mini_ddpm.distillation import DDIMTeacher, DistillConfig, distill, saturate
-from mini_ddpm.training import TrainConfig, compute_loss, train
+from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, distill
+from mini_ddpm.training.loss import compute_loss, saturate
+from mini_ddpm.training.train import TrainConfig, train
 
 
 class Linear(torch.nn.Module):

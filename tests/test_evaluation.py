@@ -32,21 +32,21 @@ from transformers import (
 import mini_ddpm_cli
 from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, evaluation, load_pipeline
 from mini_ddpm.data import image_dataset
-from mini_ddpm.evaluation import (
-    EvaluateConfig,
+from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.evaluation.features import (
     FeatureExtractor,
-    evaluate,
     extract_features,
     fetch_inception,
-    frechet_distance,
     inception_extractor,
+    transformers_extractor,
+)
+from mini_ddpm.evaluation.metrics import (
+    frechet_distance,
     kernel_distance,
-    markdown_table,
     memorization,
     nearest,
     pixel_radii,
     precision_recall_density_coverage,
-    transformers_extractor,
 )
 
 CLASSES = {"bag": 12, "boot": 8, "coat": 4}  # how many of the 24 reference images are of each class

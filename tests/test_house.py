@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 import mini_ddpm
 import mini_ddpm_cli
-from mini_ddpm.evaluation import COLUMNS, _check_protocol, markdown_table
+from mini_ddpm.evaluation.evaluate import COLUMNS, _check_protocol, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"

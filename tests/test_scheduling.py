@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from mini_ddpm import scheduling_mini_ddim, scheduling_mini_ddpm
-from mini_ddpm.scheduling_mini_ddim import MiniDDIMScheduler
-from mini_ddpm.scheduling_mini_ddpm import MiniDDPMScheduler
+from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
 
 PAIRS = {"ddpm": (MiniDDPMScheduler, DDPMScheduler), "ddim": (MiniDDIMScheduler, DDIMScheduler)}
 BOTH = pytest.mark.parametrize("cls", [MiniDDPMScheduler, MiniDDIMScheduler])

@@ -26,16 +26,9 @@ from mini_ddpm import (
     training,
 )
 from mini_ddpm.data import image_dataset
-from mini_ddpm.training import (
-    TrainConfig,
-    _image_ids,
-    _new_model,
-    _noise_batch,
-    beyond_saturation,
-    compute_loss,
-    saturated_ends,
-    train,
-)
+from mini_ddpm.training.batches import _image_ids, _noise_batch
+from mini_ddpm.training.loss import beyond_saturation, compute_loss, saturated_ends
+from mini_ddpm.training.train import TrainConfig, _new_model, train
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

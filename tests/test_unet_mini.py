@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_ddpm.unet_mini import PRESETS, MiniGroupNorm, MiniUNet2DModel, timestep_embedding
+from mini_ddpm.models.unet_mini import PRESETS, MiniGroupNorm, MiniUNet2DModel, timestep_embedding
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 

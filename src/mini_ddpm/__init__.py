@@ -14,13 +14,15 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from mini_ddpm import hub
-from mini_ddpm.hub import PRETRAINED, load_pipeline
-from mini_ddpm.pipeline_mini_ddpm import PORTABLE_MODULE, MiniDDPMPipeline, MiniDDPMPipelineOutput
-from mini_ddpm.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
-from mini_ddpm.scheduling_mini_ddim import MiniDDIMScheduler
-from mini_ddpm.scheduling_mini_ddpm import MiniDDPMScheduler
-from mini_ddpm.unet_mini import MiniUNet2DModel
+from mini_ddpm.hub.card import write_card
+from mini_ddpm.hub.download import download
+from mini_ddpm.hub.load import PRETRAINED, load_pipeline
+from mini_ddpm.hub.publish import publish
+from mini_ddpm.models.unet_mini import MiniUNet2DModel
+from mini_ddpm.pipelines.pipeline_mini_ddpm import PORTABLE_MODULE, MiniDDPMPipeline, MiniDDPMPipelineOutput
+from mini_ddpm.pipelines.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
+from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
 
 __version__ = "0.1.0"
 
@@ -79,9 +81,9 @@ DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
 # The copies of the pipelines' files that travel with the weights cannot import this package. Here they write a full
 # model card, keep what people wrote on the Hub, and say in plain words what went wrong.
 _HOOKS = {
-    "_write_card": hub.write_card,
-    "_publish": staticmethod(hub.publish),
-    "download": classmethod(hub.download),
+    "_write_card": write_card,
+    "_publish": staticmethod(publish),
+    "download": classmethod(download),
 }
 for _class in (MiniDDPMPipeline, MiniDDPMClassConditionalPipeline):
     for _name, _hook in _HOOKS.items():

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
-from .hub import DTYPES
+from .options import DTYPES
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -17,24 +17,32 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm.auto import tqdm
 
-from .data import ImageDataset, image_dataset, to_model_range
-from .hub import load_pipeline, write_card
-from .pipeline_mini_ddpm import MiniDDPMPipeline
-from .pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
-from .plots import sample_grid
-from .scheduling_mini_ddim import MiniDDIMScheduler
-from .unet_mini import PRESETS, MiniUNet2DModel
+from ..data import ImageDataset, image_dataset
+from ..hub.card import write_card
+from ..hub.load import load_pipeline
+from ..models.unet_mini import PRESETS, MiniUNet2DModel
+from ..pipelines.pipeline_mini_ddpm import MiniDDPMPipeline
+from ..pipelines.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
+from ..plots import sample_grid
+from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from .batches import _batches, _noise_batch
+from .checkpoints import (
+    _checkpoints,
+    _claim_folder,
+    _clear_write_errors,
+    _flush_to_disk,
+    _save_checkpoint,
+    _truncate_log,
+)
+from .loss import beyond_saturation, compute_loss, saturated_ends
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +63,8 @@ _FREE_TO_CHANGE = {
     "dataloader_num_workers",
     "torch_compile",
 }
+
+
 # Fields that say what a pipeline to start from has already.
 _FROM_PRETRAINED = (
     "preset",
@@ -196,94 +206,6 @@ class TrainConfig:
             raise ValueError(f"snr_gamma={self.snr_gamma} must be above 0.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}.")
-
-
-def compute_loss(
-    unet: nn.Module,
-    scheduler: MiniDDIMScheduler,
-    images: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
-    snr_gamma: float | None = None,
-    snr_floor: float | None = None,
-) -> torch.Tensor:
-    """The training loss of one batch (DDPM, eq. 14; min-SNR weights: arXiv 2303.09556, section 3.4).
-
-    `mean_i w(t_i) · mean_pixels (target_i - prediction_i)²`, with `w = 1`, or for `snr_gamma = γ` and
-    `SNR = ᾱ/(1-ᾱ)`: `min(SNR, γ)` for x_0, `min(SNR, γ)/SNR` for ε, `min(SNR, γ)/(SNR + 1)` for v. With `snr_floor`
-    in place of `snr_gamma` the same with max: 1 makes it the truncated SNR of 2202.00512, eq. 9.
-
-    Args:
-        unet: The network, called as `unet(x_t, t, class_labels).sample`.
-        scheduler: Gives ᾱ and `prediction_type`; any DDPM-like diffusers scheduler.
-        images: x_0, (B, C, H, W) in [-1, 1].
-        noise: ε, (B, C, H, W), standard normal.
-        timesteps: t, (B,) int64 in [0, num_train_timesteps).
-        class_labels: y, (B,) int64, or `None`.
-        snr_gamma: γ > 0, which SNR is limited to from above, or `None`.
-        snr_floor: What SNR is limited to from below, or `None`.
-
-    Returns:
-        A scalar in float32.
-
-    Raises:
-        ValueError: The network's output has another shape than the target (a learned variance has no loss here).
-    """
-    noisy_images = scheduler.add_noise(images, noise, timesteps)
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "epsilon":
-        target = noise
-    elif prediction_type == "sample":
-        target = images
-    else:
-        target = scheduler.get_velocity(images, noise, timesteps)
-
-    prediction = unet(noisy_images, timesteps, class_labels).sample
-    if prediction.shape != target.shape:
-        raise ValueError(f"The network predicts {tuple(prediction.shape)}, the target is {tuple(target.shape)}.")
-    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
-    if snr_gamma is not None or snr_floor is not None:
-        alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-        snr = alphas_cumprod / (1 - alphas_cumprod)
-        divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-        losses = losses * snr.clamp(min=snr_floor, max=snr_gamma) / divisor
-    return losses.mean()
-
-
-def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
-    """Move pixels that are all black, or all white, beyond the range that images are clamped to in the end.
-
-    A byte of 0 says that a pixel is as dark as can be shown, or darker. Learned as exactly -1 it comes out as -1 ± the
-    network's error, half of that above -1: a faint grey that the eye does not see, but every measure does. Learned as
-    -1 - margin it comes out below -1, and is clamped to black.
-
-    Args:
-        images: (B, C, H, W) in [-1, 1].
-        margin: How far beyond; a few times the network's error.
-        black: Whether to move what is -1 to -1 - margin.
-        white: Whether to move what is 1 to 1 + margin.
-
-    Returns:
-        (B, C, H, W) in [-1 - margin, 1 + margin].
-    """
-    if black:
-        images = images.masked_fill(images <= -1, -1 - margin)
-    if white:
-        images = images.masked_fill(images >= 1, 1 + margin)
-    return images
-
-
-def saturated_ends(dataset: ImageDataset, tolerance: int = 0, share: float = 0.1) -> tuple[bool, bool]:
-    """Whether so large a share of the pixels, of up to a thousand pictures, is all black, and all white.
-
-    Args:
-        dataset: The images.
-        tolerance: How many bytes a level may be from 0, or from 255, to be counted.
-        share: Of all pixels, in [0, 1].
-    """
-    pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
-    return bool((pixels <= tolerance).mean() >= share), bool((pixels >= 255 - tolerance).mean() >= share)
 
 
 class Teacher(Protocol):
@@ -587,159 +509,6 @@ def _copy_weights(source: MiniUNet2DModel, target: MiniUNet2DModel) -> None:
     target.load_state_dict(weights)
 
 
-def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, micro_steps: range) -> Iterator[Any]:
-    """The images of each forward pass of this process: a (train_batch_size,) int64 tensor at a time.
-
-    The stream of all batches is the dataset over and over, shuffled anew each epoch by (seed, epoch). Forward pass m
-    of all processes together takes places m·B to (m+1)·B, and each process its share of them.
-    """
-    batch_size = config.train_batch_size * accelerator.num_processes
-    epochs: dict[int, torch.Tensor] = {}
-    for micro_step in micro_steps:
-        start = micro_step * batch_size + accelerator.process_index * config.train_batch_size
-        places = torch.arange(start, start + config.train_batch_size)
-        wanted = range(start // num_images, int(places[-1]) // num_images + 1)
-        epochs = {
-            epoch: epochs[epoch] if epoch in epochs else _shuffled(config, num_images, epoch) for epoch in wanted
-        }
-        order = torch.cat([epochs[epoch] for epoch in wanted])
-        yield order[places - wanted[0] * num_images]
-
-
-def _shuffled(config: TrainConfig, num_images: int, epoch: int) -> torch.Tensor:
-    """A permutation of the images, (num_images,) int64."""
-    return torch.randperm(num_images, generator=_generator("cpu", config.seed, 0, epoch))
-
-
-def _batches(
-    config: TrainConfig, dataset: ImageDataset, accelerator: Accelerator, micro_steps: range
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """This process's batches on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`."""
-    device = accelerator.device
-    ids = _image_ids(config, accelerator, len(dataset), micro_steps)
-    cache = config.cache_dataset
-    if cache is None:
-        cache = len(dataset) * int(np.prod(dataset.shape)) < 2e9
-    if cache:
-        images, labels = dataset.stack(progress=accelerator.is_main_process)
-        images, labels = images.to(device), labels.to(device) if labels is not None else None
-        for batch in ids:
-            batch = batch.to(device)
-            yield to_model_range(images[batch]), labels[batch] if labels is not None else None
-    else:
-        loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=(batch.tolist() for batch in ids),
-            num_workers=config.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-        )
-        for item in loader:
-            labels = item.get("class_labels")
-            yield item["images"].to(device), labels.to(device) if labels is not None else None
-
-
-def _noise_batch(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    levels: torch.Tensor,
-    micro_step: int,
-    images: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    null_label: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draw noise, timesteps and labels with dropout for one forward pass, from (seed, micro_step) alone.
-
-    The timesteps, out of `levels` (N,), are stratified over the batch, place `floor(N · frac(u + i/B))`: every batch
-    covers all noise levels, so that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the
-    batch of all processes.
-    """
-    local, device = images.shape[0], images.device
-    batch_size = local * accelerator.num_processes
-    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-    generator = _generator(device, config.seed, 1, micro_step)
-    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[mine]
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
-    timesteps = levels[((strata + offset) % 1 * len(levels)).long().clamp(max=len(levels) - 1)][mine]
-    if null_label is None or class_labels is None:
-        return noise, timesteps, None
-    dropped = torch.rand(batch_size, generator=generator, device=device)[mine] < config.class_dropout_prob
-    return noise, timesteps, class_labels.masked_fill(dropped, null_label)
-
-
-def _generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator whose seed is a hash of `key`. (Torch's CPU generator uses 32 bits of a seed, so no packing.)"""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def _claim_folder(folder: Path, described: dict[str, Any]) -> None:
-    """Make the run's folder, or see that what is in it is the run of this description.
-
-    Raises:
-        ValueError: The folder holds something else than this run.
-        OSError: It cannot be written.
-    """
-    described = json.loads(json.dumps(described, default=str))  # as it is read back: lists for tuples, texts for paths
-    config_file = folder / "train_config.json"
-    if _checkpoints(folder) and config_file.exists():
-        before = json.loads(config_file.read_text())
-        differing = [key for key in described if key not in _FREE_TO_CHANGE and described[key] != before.get(key)]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same "
-                "value, or use another output_dir."
-            )
-    elif folder.exists() and not config_file.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and holds no run of mini-ddpm. Use another output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "train_config.json.tmp"
-    temporary.write_text(json.dumps(described, indent=2) + "\n")
-    os.replace(temporary, config_file)
-
-
-def _truncate_log(output_dir: Path, step: int) -> None:
-    """Drop the log lines of steps that will be taken again."""
-    log = output_dir / "train_log.jsonl"
-    if log.exists():
-        lines = []
-        for line in log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed run was writing
-                break
-            if entry["step"] <= step:
-                lines.append(line + "\n")
-        log.write_text("".join(lines))
-
-
-def _save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int, seconds: float) -> None:
-    """Write all state under a temporary name, then rename it: a checkpoint is whole or absent.
-
-    Raises:
-        OSError: It could not be written, for example because the disk is full. Earlier checkpoints are untouched.
-    """
-    folder = config.output_dir / f"checkpoint-{step}"
-    temporary = config.output_dir / f".checkpoint-{step}.tmp"
-    with _clear_write_errors(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / "progress.json").write_text(json.dumps({"step": step, "seconds": round(seconds, 1)}) + "\n")
-            _flush_to_disk(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            for old in _checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-                shutil.rmtree(old)
-
-
 def _save_pipeline(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -790,33 +559,3 @@ def _save_pipeline(
     finally:
         unet.train()
         ema.restore(unet.parameters())
-
-
-class _clear_write_errors:
-    """Turn the many ways in which writing `folder` fails into one `OSError` that says what is kept, and tidy up."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from safetensors import SafetensorError
-
-        # torch reports a failed write as RuntimeError, safetensors as its own.
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            kept = _checkpoints(self.folder.parent)
-            raise OSError(
-                f"Could not write {self.folder.parent} ({str(error).strip().splitlines()[0]}). Free some space or "
-                f"choose another output_dir, then run the same command. Last checkpoint: {kept[-1] if kept else None}."
-            ) from error
-
-
-def _flush_to_disk(folder: Path) -> None:
-    """Make the files durable before the rename that puts them in place."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -31,10 +31,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from .data import image_dataset
-from .hub import find_device, guidance_of, load_pipeline
-from .scheduling_mini_ddim import MiniDDIMScheduler
-from .training import TrainConfig, compute_loss, saturated_ends, train
+from ..data import image_dataset
+from ..hub.load import load_pipeline
+from ..options import find_device, resolve_guidance
+from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from .loss import compute_loss, saturate, saturated_ends
+from .train import TrainConfig, train
 
 FIRST_STEPS = 32  # of a teacher that was not distilled itself
 
@@ -253,30 +255,6 @@ class DDIMTeacher:
         return prev_sample
 
 
-def saturate(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
-    """Move what is nearly black, and nearly white, beyond the range that images are clamped to in the end.
-
-    The strokes of MNIST are of one level from edge to edge, 253 of 255. A student of few steps errs by more than its
-    teacher did, and strokes that it learned at that level come out mottled. Learned beyond white they come out white,
-    as black does by [`beyond_saturation`]; here it is a network's images that are moved, whose ends are not exact:
-    those up to 0.9 of the way from grey stay, those from 0.96 are moved all the way.
-
-    Args:
-        images: (B, C, H, W) in [-1 - margin, 1 + margin].
-        margin: How far beyond; a few times the student's error.
-        black: Whether to move what is nearly black.
-        white: Whether to move what is nearly white.
-
-    Returns:
-        (B, C, H, W) in [-1 - margin, 1 + margin]; `images` if neither end is to be moved.
-    """
-    if not (margin and (black or white)):
-        return images
-    nearly = margin * ((images.abs() - 0.9) / 0.06).clamp(0, 1)
-    below, above = nearly * (images < 0) * black, nearly * (images > 0) * white
-    return (images + above - below).clamp(-1 - margin, 1 + margin)
-
-
 def distill(config: DistillConfig) -> list[Path]:
     """Distil a pipeline round by round, or go on with it.
 
@@ -297,7 +275,7 @@ def distill(config: DistillConfig) -> list[Path]:
     pipe: Any = load_pipeline(config.teacher)
     conditional = pipe.unet.config.num_class_embeds is not None
     guidance: dict[str, Any] = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
-    guidance |= guidance_of(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
+    guidance |= resolve_guidance(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
     counts = _step_counts(config, pipe)
     dataset = image_dataset(
         config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
@@ -391,7 +369,7 @@ def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainin
 
 def _measure(config: DistillConfig, folder: Path) -> None:
     """Evaluate a round's student; its figures go into its folder and its card."""
-    from .evaluation import EvaluateConfig, evaluate, markdown_table
+    from ..evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
 
     rows = evaluate(
         EvaluateConfig(

@@ -1,0 +1,1 @@
+"""Opening, describing and publishing pipelines."""

@@ -1,0 +1,1 @@
+"""Sampling loops, and how a pipeline is saved."""
