@@ -20,8 +20,8 @@ from mini_ddpm import (
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
     MiniUNet2DModel,
-    hub,
 )
+from mini_ddpm.options import SCHEDULERS
 from mini_ddpm.plots import sample_grid
 
 NAMES = ["coat", "ankle boot", "bag"]
@@ -112,7 +112,7 @@ def test_module_runs_as_the_command():
     assert answer.returncode == 2
     assert answer.stderr == (
         "mini-ddpm: unknown command 'smaple'; choose one of sample, train, distill, evaluate, card, push, verify, "
-        "or --help\n"
+        "or --help.\n"
     )
 
 
@@ -153,7 +153,7 @@ def test_an_image_depends_on_its_seed_alone(tmp_path, unconditional, scheduler):
     assert np.abs(whole[0].astype(int) - whole[1]).max() > 10
 
 
-def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, capsys):
+def test_an_interrupted_command_resumes(tmp_path, conditional, monkeypatch, capsys):
     out, arguments = tmp_path / "cut.npz", ("--num-images", 9, "--batch-size", 2, "--steps", 2, "--device", "cpu")
     whole = arrays(tmp_path, conditional, *arguments)
     call, calls = MiniDDPMClassConditionalPipeline.__call__, []
@@ -167,7 +167,8 @@ def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, ca
     monkeypatch.setattr(MiniDDPMClassConditionalPipeline, "__call__", counted)
     interrupting = True
     assert run("sample", conditional, *arguments, "--out", out) == 130
-    assert f"kept in {tmp_path / '.cut.npz.parts'}; the same command goes on" in capsys.readouterr().err
+    message = f"Finished batches are saved in {tmp_path / '.cut.npz.parts'}. Run the same command again to resume."
+    assert message in capsys.readouterr().err
     assert not out.exists() and len(list(tmp_path.glob(".cut.npz.parts/*/*.npz"))) == 2
     interrupting = False
     calls.clear()
@@ -181,7 +182,7 @@ def test_cut_off_the_same_command_goes_on(tmp_path, conditional, monkeypatch, ca
     assert not list(tmp_path.glob(".cut*"))
 
 
-def test_what_was_drawn_before_the_cut_is_not_drawn_again(tmp_path, unconditional, monkeypatch):
+def test_a_resumed_command_draws_no_batch_again(tmp_path, unconditional, monkeypatch):
     arguments = ("sample", unconditional, "--num-images", 7, "--batch-size", 2, "--steps", 2, "--device", "cpu")
     call, calls = MiniDDPMPipeline.__call__, []
 
@@ -225,13 +226,13 @@ def test_guidance_and_precision_reach_the_pipeline(tmp_path, conditional):
 
 def test_help_names_every_scheduler():
     """Written out in the command line, whose help must not import what knows them."""
-    assert f"'{'|'.join(hub.SCHEDULERS)}'" in mini_ddpm_cli.SampleConfig.__annotations__["scheduler"]
+    assert f"'{'|'.join(SCHEDULERS)}'" in mini_ddpm_cli.SampleConfig.__annotations__["scheduler"]
 
 
-@pytest.mark.parametrize("scheduler", hub.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_draws(tmp_path, unconditional, scheduler, capsys):
     images = arrays(tmp_path, unconditional, "--scheduler", scheduler, "--num-images", 2, "--steps", 5)["images"]
-    assert hub.SCHEDULERS[scheduler] in capsys.readouterr().out
+    assert SCHEDULERS[scheduler] in capsys.readouterr().out
     assert images.std() > 1
 
 
@@ -305,19 +306,19 @@ def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
         (["--steps", "2.5"], "'2.5'"),
         (["--steps", "1001"], "at most 1000"),
         (["--stpes", "5"], "--stpes"),
-        (["--num-images", "0"], "--num-images must be at least 1, not 0"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--num-images", "0"], "--num-images=0 must be at least 1."),
+        (["--batch-size", "0"], "--batch-size=0 must be at least 1."),
         (["--class-labels", "hat"], "'hat'; it must be one of coat, ankle boot, bag"),
         (["--class-labels", "4"], "4 is out of range"),
         (["--class-labels", "-1"], "-1"),
-        (["--scheduler", "pndm"], "--scheduler pndm: choose one of ddpm, ddim"),
-        (["--device", "gpu"], "--device gpu: choose auto, cpu"),
+        (["--scheduler", "pndm"], "scheduler='pndm' must be one of ddpm, ddim"),
+        (["--device", "gpu"], "device='gpu' must be auto, cpu"),
         (["--dtype", "fp8"], "'fp32', 'fp16', 'bf16'"),
         (["--guidance-scale", "nan"], "guidance_scale"),
         (["--guidance-interval", "0.6", "0.4"], "guidance_interval"),
-        (["--out", "samples.jpg"], "samples.jpg: choose .png"),
-        (["--out", "/dev/null/samples.png"], "/dev/null/samples.png cannot be written"),
-        (["--out", "/"], "--out / holds other files"),
+        (["--out", "samples.jpg"], "--out=samples.jpg must end in .png"),
+        (["--out", "/dev/null/samples.png"], "--out=/dev/null/samples.png cannot be written"),
+        (["--out", "/"], "--out=/ holds other files"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(conditional, capsys, monkeypatch, tmp_path, arguments, message):
@@ -332,16 +333,16 @@ def test_bad_arguments_are_one_line_and_exit_code_2(conditional, capsys, monkeyp
 def test_labels_and_guidance_need_a_conditional_pipeline(unconditional, capsys, tmp_path):
     out = tmp_path / "x.png"
     assert run("sample", unconditional, "--class-labels", 3, "--out", out) == 2
-    assert "--class-labels 3: this pipeline is not class-conditional" in capsys.readouterr().err
+    assert "--class-labels=3: the pipeline is unconditional" in capsys.readouterr().err
     for option in (["--guidance-scale", 3], ["--guidance-interval", 0.2, 0.5]):
         assert run("sample", unconditional, *option, "--out", out) == 2
-        assert "not class-conditional" in capsys.readouterr().err
+        assert f"{unconditional} is unconditional and takes no guidance" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_cuda_asked_for_but_absent(conditional, capsys, tmp_path):
+def test_absent_cuda_device(conditional, capsys, tmp_path):
     assert run("sample", conditional, "--device", "cuda", "--out", tmp_path / "x.png") == 2
-    assert capsys.readouterr().err.startswith("mini-ddpm: --device cuda: PyTorch finds no such device here")
+    assert capsys.readouterr().err.startswith("mini-ddpm: device='cuda': PyTorch finds no such device")
 
 
 def test_unknown_pipelines_and_folders(capsys, tmp_path):
@@ -405,12 +406,12 @@ def test_train_makes_a_pipeline_that_sample_draws_from(tmp_path, capsys):
         )
         == 0
     )
-    assert capsys.readouterr().out.endswith(f"draw from it with: mini-ddpm sample {run_folder}\n")
+    assert capsys.readouterr().out.endswith(f"Draw images with: mini-ddpm sample {run_folder}\n")
     drawn = arrays(tmp_path, str(run_folder), "--class-labels", "class-1")
     assert drawn["class_labels"].tolist() == [1] and drawn["images"].shape == (1, 8, 8, 1)
     card = (run_folder / "README.md").read_text()
     assert "2 steps of AdamW with 4 images each" in card and "](samples/epoch-0002.png)" in card
-    assert str(tmp_path) not in card and "Training data" not in card  # a folder is nobody's business
+    assert str(tmp_path) not in card and "Training data" not in card  # do not publish local paths
 
 
 def test_train_without_images_is_one_line(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Measuring pipelines: figures known beforehand, runs that go on where they were cut off, tables that compare."""
+"""Evaluation: figures with known values, interrupted runs that resume, tables of one protocol."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ from transformers import (
 )
 
 import mini_ddpm_cli
-from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, evaluation, load_pipeline
+from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, load_pipeline
 from mini_ddpm.data import image_dataset
+from mini_ddpm.evaluation import evaluate as evaluate_module
+from mini_ddpm.evaluation import features as features_module
+from mini_ddpm.evaluation import metrics
 from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
 from mini_ddpm.evaluation.features import (
     FeatureExtractor,
@@ -142,7 +145,7 @@ def test_kernel_distance_is_about_zero_for_one_distribution():
 
 
 def test_kernel_distance_draws_its_subsets_from_the_seed_alone(monkeypatch):
-    monkeypatch.setattr(evaluation, "KID_SUBSET_SIZE", 10)
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 10)
     real, generated = gaussian(40, 3), gaussian(50, 3, seed=1) + 1
     torch.manual_seed(123)
     state = torch.get_rng_state()
@@ -152,7 +155,7 @@ def test_kernel_distance_draws_its_subsets_from_the_seed_alone(monkeypatch):
     assert kernel_distance(real, generated, seed=5) == first
     other = kernel_distance(real, generated, seed=6)
     assert other != first and first[1] > 0
-    assert other[0] == pytest.approx(first[0], abs=6 * first[1] / math.sqrt(evaluation.KID_SUBSETS))
+    assert other[0] == pytest.approx(first[0], abs=6 * first[1] / math.sqrt(metrics.KID_SUBSETS))
 
 
 # ---- Neighbours -----------------------------------------------------------------------------------------------------
@@ -327,11 +330,11 @@ def test_network_with_a_processor(tmp_path):
 
 def test_networks_that_give_no_features(tmp_path):
     ViTForImageClassification(vit_config()).save_pretrained(tmp_path / "headless")
-    with pytest.raises(ValueError, match="headless has no weights for pooler"):
+    with pytest.raises(ValueError, match="headless' has no weights for pooler"):
         transformers_extractor(str(tmp_path / "headless"))
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match="text is no vision model: it takes input_ids"):
+    with pytest.raises(ValueError, match="text' is not a vision model: it takes input_ids"):
         transformers_extractor(str(tmp_path / "text"))
 
 
@@ -344,7 +347,7 @@ def test_features_are_computed_once_and_in_parts(tmp_path, monkeypatch):
         return images.flatten(1).float()
 
     images = random_images(25, 1, 2, 2)
-    monkeypatch.setattr(evaluation, "SHARD", 10)
+    monkeypatch.setattr(features_module, "SHARD_SIZE", 10)
     extractor = FeatureExtractor("pixels", "key", run)
     assert torch.equal(extract_features(images, extractor, "", batch_size=4), images.flatten(1).float())
     assert sizes == [4, 4, 2, 4, 4, 2, 4, 1]
@@ -449,10 +452,20 @@ def again(measured, tmp_path, monkeypatch):
     return shutil.copytree(measured.folder, tmp_path / "again")
 
 
+def set_shard_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(evaluate_module, "SHARD_SIZE", size)
+    monkeypatch.setattr(features_module, "SHARD_SIZE", size)
+
+
+def cached_files(cache: Path, folder: str = "*") -> list[Path]:
+    """The finished files of a cache. A temporary file starts with a dot."""
+    return sorted(file for file in cache.glob(f"{folder}/*/*.npz") if not file.name.startswith("."))
+
+
 def samples(cache: Path) -> dict[str, np.ndarray]:
     """The drawn images in a cache, by the names of their files."""
     found = {}
-    for file in sorted((cache / "samples").rglob("*.npz")):
+    for file in cached_files(cache, "samples"):
         with np.load(file) as arrays:
             found[file.name] = arrays["images"].astype(int)
     return found
@@ -588,7 +601,7 @@ def test_floor_of_sorted_folders_is_of_all_classes(parts, tmp_path):
 
 def test_more_images_than_the_reference_has(parts, tmp_path, monkeypatch):
     """Each class as often as in the reference, twice; and in parts."""
-    monkeypatch.setattr(evaluation, "SHARD", 20)
+    set_shard_size(monkeypatch, 20)
     monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "cache"))
     options = {"num_inference_steps": (2,), "schedulers": ("ddim",), "guidance_scale": 1, "batch_size": 7}
     rows = evaluate(config(parts, tmp_path / "out", num_images=48, **options))
@@ -646,9 +659,9 @@ def test_batch_size_does_not_change_an_image(parts, tmp_path, monkeypatch):
 
 
 def test_same_command_again_draws_nothing(parts, measured, again):
-    times = {file: file.stat().st_mtime_ns for file in measured.cache.rglob("*.npz")}
+    times = {file: file.stat().st_mtime_ns for file in cached_files(measured.cache)}
     assert evaluate(config(parts, again)) == measured.rows  # the seconds too: they are those of the drawing
-    assert {file: file.stat().st_mtime_ns for file in measured.cache.rglob("*.npz")} == times
+    assert {file: file.stat().st_mtime_ns for file in cached_files(measured.cache)} == times
 
 
 def test_other_samplers_join_the_table(parts, measured, again):
@@ -678,14 +691,14 @@ def test_results_of_another_protocol_are_left_alone(parts, again, tmp_path):
     other_images = shutil.copytree(parts / "images", tmp_path / "images")
     Image.new("L", (8, 8)).save(other_images / "test" / "bag" / "0.png")
     for changes, field in (
-        ({"num_images": 20}, "num_images 24 and 20"),
-        ({"seed": 1}, "seed 0 and 1"),
-        ({"split": "train"}, "split 'test' and 'train'"),
-        ({"feature_dtype": "bf16"}, "feature_dtype 'fp32' and 'bf16'"),
-        ({"feature_extractor": str(tmp_path / "features")}, "feature_hash"),
-        ({"dataset_name": str(other_images)}, "reference_hash"),
+        ({"num_images": 20}, "num_images=24 and num_images=20 "),
+        ({"seed": 1}, "seed=0 and seed=1 "),
+        ({"split": "train"}, "split='test' and split='train' "),
+        ({"feature_dtype": "bf16"}, "feature_dtype='fp32' and feature_dtype='bf16' "),
+        ({"feature_extractor": str(tmp_path / "features")}, "feature_hash="),
+        ({"dataset_name": str(other_images)}, "reference_hash="),
     ):
-        with pytest.raises(ValueError, match=f"evaluation.json.*another protocol.*{field}.*--output-dir"):
+        with pytest.raises(ValueError, match=f"evaluation.json.*another protocol.*{field}.*another `output_dir`"):
             evaluate(config(parts, again, **changes))
     assert {name: (again / name).read_bytes() for name in os.listdir(again)} == before
 
@@ -693,7 +706,9 @@ def test_results_of_another_protocol_are_left_alone(parts, again, tmp_path):
 @pytest.mark.parametrize("content", ["", '[{"accuracy": 1}]', '{"accuracy": 1}', "[1]"])
 def test_file_of_something_else_is_left_alone(parts, tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(ValueError, match="evaluation.json holds no results of this command.*--output-dir"):
+    with pytest.raises(
+        ValueError, match="evaluation.json does not hold results of an evaluation.*another `output_dir`"
+    ):
         evaluate(config(parts, tmp_path))
     assert (tmp_path / "evaluation.json").read_text() == content and os.listdir(tmp_path) == ["evaluation.json"]
 
@@ -711,27 +726,27 @@ def test_changed_weights_drop_the_rows_of_the_old_ones(parts, measured, again):
 
 def test_table_of_two_protocols_is_refused(measured):
     other = measured.rows[1] | {"protocol": measured.rows[1]["protocol"] | {"num_images": 50_000}}
-    with pytest.raises(ValueError, match="num_images 24 and 50000 do not compare"):
+    with pytest.raises(ValueError, match="num_images=24 and num_images=50000 cannot be compared"):
         markdown_table([*measured.rows, other])
 
 
-# ---- Runs that are cut off ------------------------------------------------------------------------------------------
+# ---- Interrupted runs -----------------------------------------------------------------------------------------------
 
 KILLED = """
 import json, sys
 from pathlib import Path
-from mini_ddpm import evaluation
+from mini_ddpm.evaluation import evaluate, features
 
-evaluation.SHARD = 8
+evaluate.SHARD_SIZE = features.SHARD_SIZE = 8
 settings = json.loads(sys.argv[1])
-evaluation.evaluate(evaluation.EvaluateConfig(**settings | {"output_dir": Path(settings["output_dir"])}))
+evaluate.evaluate(evaluate.EvaluateConfig(**settings | {"output_dir": Path(settings["output_dir"])}))
 """
 
 
-def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
+def test_killed_run_resumes(parts, tmp_path, caches, monkeypatch):
     settings = {"num_images": 48, "num_inference_steps": (15,), "schedulers": ("euler-ancestral",), "batch_size": 8}
     settings |= {"classifier": None}
-    monkeypatch.setattr(evaluation, "SHARD", 8)
+    set_shard_size(monkeypatch, 8)
     monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "undisturbed"))
     expected = evaluate(config(parts, tmp_path / "expected", **settings))
     undisturbed = samples(tmp_path / "undisturbed")
@@ -740,7 +755,7 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
     cache, out = tmp_path / "cache", tmp_path / "out"
     arguments = vars(config(parts, out, **settings))
     environment = {"MINI_DDPM_CACHE": str(cache), "HF_DATASETS_CACHE": str(caches / "datasets")}
-    environment["PYTHONPATH"] = str(Path(evaluation.__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parent)
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, json.dumps(arguments, default=str)],
         env=os.environ | environment,
@@ -748,20 +763,20 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
         text=True,
     ) as process:
         deadline = time.monotonic() + 300
-        while not any(cache.rglob("samples/*/*.npz")):
+        while not cached_files(cache, "samples"):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
-    times = {file: file.stat().st_mtime_ns for file in cache.rglob("*.npz")}
+    times = {file: file.stat().st_mtime_ns for file in cached_files(cache)}
     left = samples(cache)
     assert 0 < len(left) < len(undisturbed)
     assert [row["images"] for row in json.loads((out / "evaluation.json").read_text())] == ["real"]
 
-    # What a kill amid writing leaves is no result.
+    # A file that was half written when the process was killed is not a result.
     missing = next(name for name in undisturbed if name not in left)
     source = next((tmp_path / "undisturbed").rglob(missing))
-    leftover = (cache / "samples" / source.parent.name / missing).with_suffix(".1.tmp")
+    leftover = (cache / "samples" / source.parent.name / missing).with_name(f".{Path(missing).stem}.1.npz")
     leftover.parent.mkdir(exist_ok=True)
     leftover.write_bytes(source.read_bytes()[:100])
 
@@ -776,7 +791,7 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
         expected[1]["frechet_distance"], rel=0.01
     )
     assert sorted(os.listdir(out)) == FILES
-    assert list(cache.rglob("*.tmp")) == [leftover]
+    assert list(cache.rglob(".*")) == [leftover]
 
 
 # ---- What goes wrong ------------------------------------------------------------------------------------------------
@@ -785,23 +800,47 @@ def test_killed_run_goes_on_where_it_was(parts, tmp_path, caches, monkeypatch):
 @pytest.mark.parametrize(
     ("pipeline", "arguments", "message"),
     [
-        ("plain", ["--schedulers", "pndm"], "scheduler pndm: choose one of ddpm, ddim"),
+        ("plain", ["--schedulers", "pndm"], "scheduler='pndm' must be one of ddpm, ddim"),
         ("plain", ["--num-images", "1"], "num_images=1 must be at least 10"),
         ("plain", ["--batch-size", "0"], "batch_size=0 must be at least 1"),
         ("plain", ["--steps", "20", "0"], "num_inference_steps=0 must be at least 1"),
-        ("plain", ["--steps", "2001"], "num_inference_steps=2001 is more than the 1000 noise levels"),
-        ("plain", ["--guidance-scale", "2"], "guidance_scale=2.0: {parts}/plain is not class-conditional"),
-        ("conditional", ["--guidance-interval", "0.5", "1.5"], "guidance_interval=(0.5, 1.5) must be two shares"),
+        ("plain", ["--steps", "2001"], "num_inference_steps=2001 must be at most 1000, the number of noise levels"),
+        (
+            "plain",
+            ["--guidance-scale", "2"],
+            "guidance_scale=2.0: {parts}/plain is unconditional and takes no guidance",
+        ),
+        (
+            "conditional",
+            ["--guidance-interval", "0.5", "1.5"],
+            "guidance_interval=(0.5, 1.5) must satisfy 0 <= start < end <= 1",
+        ),
         ("plain", ["--dataset-name", "{parts}/nowhere"], "'{parts}/nowhere' is not there"),
         ("plain", ["--split", "validation"], "split 'validation'"),
         ("plain", ["--other-split", "validation"], "split 'validation'"),
-        ("plain", ["--dataset-name", "{tmp}/colour"], "1 channels, and those of '{tmp}/colour' have 3"),
-        ("plain", ["--resolution", "16"], "8x8 pixels, and those of '{parts}/images' have 16x16: pass --resolution"),
-        ("plain", ["--feature-extractor", "inception", "--inception", "{tmp}/none"], "There is no file {tmp}/none"),
-        ("plain", ["--feature-extractor", "inception", "--inception", "{tmp}/bad"], "{tmp}/bad is not the Inception"),
+        (
+            "plain",
+            ["--dataset-name", "{tmp}/colour"],
+            "'{tmp}/colour': its images have 3 channels, but those of {parts}/plain have 1",
+        ),
+        (
+            "plain",
+            ["--resolution", "16"],
+            "resolution=16: the images of '{parts}/images' have 16x16 pixels, but those of {parts}/plain have 8x8.",
+        ),
+        (
+            "plain",
+            ["--feature-extractor", "inception", "--inception", "{tmp}/none"],
+            "inception='{tmp}/none': there is no such file",
+        ),
+        (
+            "plain",
+            ["--feature-extractor", "inception", "--inception", "{tmp}/bad"],
+            "inception='{tmp}/bad' is not the Inception",
+        ),
         ("plain", ["--feature-extractor", "{tmp}/nowhere"], "{tmp}/nowhere"),
-        ("plain", ["--classifier", "{tmp}/five"], "{tmp}/five knows 5 classes, the dataset 3"),
-        ("plain", ["--device", "gpu"], "--device gpu: choose auto, cpu"),
+        ("plain", ["--classifier", "{tmp}/five"], "classifier='{tmp}/five' has 5 classes, but the dataset has 3"),
+        ("plain", ["--device", "gpu"], "device='gpu' must be auto, cpu"),
         ("nowhere", [], "nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`python -m mini_ddpm` is `mini-ddpm`; `accelerate launch -m mini_ddpm train ...` needs it."""
+"""Make `python -m mini_ddpm` run `mini-ddpm`. `accelerate launch -m mini_ddpm train ...` needs it."""
 
 import sys
 

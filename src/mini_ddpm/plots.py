@@ -1,7 +1,6 @@
-"""Pictures of samples and of the process that makes them, drawn with Pillow alone; curves, with matplotlib.
+"""Grids of samples, films of the denoising, strips of the forward process q(x_t | x_0), curves of an evaluation.
 
-A grid of samples, a film of the denoising (x_t beside the predicted x_0), a strip of the forward process q(x_t | x_0),
-the curves of an evaluation.
+Pillow draws the pictures; only the curves need matplotlib.
 """
 
 from __future__ import annotations
@@ -16,40 +15,34 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["denoising_film", "evaluation_curves", "noising_strip", "sample_grid", "save_film"]
+__all__ = ["denoising_film", "evaluation_curves", "noising_strip", "sample_grid", "sampling_options", "save_film"]
 
 _PAPER, _INK = (255, 255, 255), (64, 64, 64)
-_GAP = 2  # pixels of paper between two tiles
+_GAP = 2  # white pixels between two tiles
 
 UInt8Array = npt.NDArray[np.uint8]
 
 
 def _tiles(images: Sequence[Image.Image] | npt.NDArray[Any], scale: int) -> UInt8Array:
-    """Bring images to one array (B, H·scale, W·scale, 3) of RGB bytes, enlarged without smoothing."""
+    """Stack images into one array (B, H·scale, W·scale, 3) of RGB bytes, enlarged without smoothing."""
     if len(images) == 0:
-        raise ValueError("there are no images to draw")
+        raise ValueError("images is empty. Give at least one image.")
     array = np.stack([np.asarray(image) for image in images])
     if array.dtype != np.uint8:
-        raise ValueError(f"images must be PIL images or uint8 arrays, not {array.dtype}")
+        raise ValueError(f"images must be PIL images or a uint8 array, not {array.dtype}.")
     if array.ndim == 3:
         array = array[..., None]  # (B, H, W, 1)
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise ValueError(f"images must be grey or RGB, (B, H, W, 1) or (B, H, W, 3), not {tuple(array.shape)}")
+        raise ValueError(f"images must be grey or RGB, (B, H, W, 1) or (B, H, W, 3), not {tuple(array.shape)}.")
     array = np.broadcast_to(array, (*array.shape[:3], 3))
     return array.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def _to_uint8(images: torch.Tensor) -> UInt8Array:
-    """Map images (B, C, H, W) in [-1, 1] to bytes (B, H, W, C); what lies outside the range is clipped."""
+    """Map images (B, C, H, W) in [-1, 1] to bytes (B, H, W, C); clip values outside the range."""
     images = (images.detach().float().cpu().permute(0, 2, 3, 1) + 1) * 127.5
     result: UInt8Array = images.clamp(0, 255).round().to(torch.uint8).numpy()
     return result
-
-
-def _columns(count: int, columns: int | None) -> int:
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns must be at least 1, not {columns}")
-    return min(count, columns or math.ceil(math.sqrt(count)))
 
 
 def sample_grid(
@@ -61,43 +54,45 @@ def sample_grid(
 ) -> Image.Image:
     """Draw images as a grid, row by row, each below its label.
 
-    Where all images of a column bear the same label it is written once, at the head of the column.
+    If every column holds images of one label, each label is written once, at the head of its column.
 
     Args:
-        images: PIL images of one size, as a pipeline returns them, or bytes of shape (B, H, W, C), C = 1 or 3.
-        labels: One per image; anything `str` can print.
-        columns: Images in a row; by default the grid is about square.
-        scale: Side of the square of pixels that stands for one pixel.
+        images: PIL images of one size, as a pipeline returns them, or uint8 array (B, H, W, C), C = 1 or 3.
+        labels: One label per image, converted with `str`.
+        columns: Number of images in a row. `None`: make the grid about square.
+        scale: Enlarge each pixel to a square of this side.
 
     Returns:
         An RGB image.
 
     Raises:
-        ValueError: No images, other channel counts than 1 and 3, or another number of labels than of images.
+        ValueError: There are no images, C is neither 1 nor 3, or the number of labels differs from that of the images.
     """
     tiles = _tiles(images, scale)
     count, height, width, _ = tiles.shape
-    columns = _columns(count, columns)
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns} must be at least 1.")
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
     texts = None if labels is None else [str(label) for label in labels]
     if texts is not None and len(texts) != count:
-        raise ValueError(f"there are {len(texts)} labels for {count} images")
-    once = texts is not None and all(text == texts[i % columns] for i, text in enumerate(texts))
+        raise ValueError(f"labels holds {len(texts)} labels for {count} images. Give one per image.")
+    is_label_per_column = texts is not None and all(text == texts[i % columns] for i, text in enumerate(texts))
 
     font = ImageFont.load_default(size=max(10, min(20, height // 3)))
     caption = 0 if texts is None else math.ceil(font.getbbox("Ag")[3]) + _GAP
-    # a long name widens its column, so that it is not written over its neighbour
+    # A long label widens all columns, so labels do not overlap.
     cell = max([width] + [math.ceil(font.getlength(text)) + 3 * _GAP for text in texts or ()])
-    heads = caption if once else caption * rows
-    size = (_GAP + columns * (cell + _GAP), _GAP + rows * (height + _GAP) + heads)
+    captions = caption if is_label_per_column else caption * rows
+    size = (_GAP + columns * (cell + _GAP), _GAP + rows * (height + _GAP) + captions)
     page = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(page)
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
         left = _GAP + column * (cell + _GAP)
-        top = _GAP + row * (height + _GAP) + (caption if once else caption * (row + 1))
+        top = _GAP + row * (height + _GAP) + (caption if is_label_per_column else caption * (row + 1))
         page.paste(Image.fromarray(tile), (left + (cell - width) // 2, top))
-        if texts is not None and (row == 0 or not once):
+        if texts is not None and (row == 0 or not is_label_per_column):
             draw.text((left + cell / 2, top - _GAP), texts[i], fill=_INK, font=font, anchor="md")
     return page
 
@@ -109,28 +104,29 @@ def denoising_film(
     columns: int | None = None,
     scale: int = 2,
 ) -> list[Image.Image]:
-    """Draw the denoising as a film: one frame per x_t, from noise to sample, beside it the x_0 predicted from it.
+    """Draw the denoising as a film: each frame shows x_t and, to its right, the x̂_0 predicted from it.
 
     Args:
-        latents_trajectory: x_t of shape (steps + 1, B, C, H, W) in [-1, 1], as a pipeline returns it for
+        latents_trajectory: x_t from noise to image, (steps + 1, B, C, H, W) in [-1, 1], as a pipeline returns it for
             `return_trajectory=True`.
-        pred_original_samples: Predicted x_0 of shape (steps, B, C, H, W); the last is shown beside the result as well.
-        columns: Images in a row of either half; by default each half is about square.
-        scale: Side of the square of pixels that stands for one pixel.
+        pred_original_samples: x̂_0 of each step, (steps, B, C, H, W). The last frame repeats the last x̂_0. `None`: show
+            x_t only.
+        columns: Number of images in a row of each half. `None`: make each half about square.
+        scale: Enlarge each pixel to a square of this side.
 
     Returns:
         `steps + 1` RGB images of one size.
 
     Raises:
-        ValueError: The two trajectories do not belong together.
+        ValueError: The shapes of the two trajectories do not match.
     """
     steps = len(latents_trajectory) - 1
     halves = [latents_trajectory]
     if pred_original_samples is not None:
         if len(pred_original_samples) != steps or pred_original_samples.shape[1:] != latents_trajectory.shape[1:]:
             raise ValueError(
-                f"a trajectory of shape {tuple(latents_trajectory.shape)} needs {steps} predictions of x_0, "
-                f"not {tuple(pred_original_samples.shape)}"
+                f"pred_original_samples has the shape {tuple(pred_original_samples.shape)}, but latents_trajectory of "
+                f"shape {tuple(latents_trajectory.shape)} needs {steps} predictions of its images."
             )
         halves.append(pred_original_samples)
 
@@ -141,7 +137,7 @@ def denoising_film(
         grids = []
         for half in halves:
             images = half[min(step, len(half) - 1)]  # (B, C, H, W)
-            # Euler and Heun keep x_t at a scale of its own, x_0 + σ·ε with σ up to 1e4: bring it to that of a picture
+            # Euler and Heun use x_t = x_0 + σ·ε, with σ up to 1e4. Rescale it to the range of an image.
             images = images / images.std().clamp(min=1)
             grids.append(sample_grid(_to_uint8(images), columns=columns, scale=scale))
         titles = [f"x_t, step {step} of {steps}", "predicted x_0"][: len(halves)]
@@ -157,15 +153,15 @@ def denoising_film(
 
 
 def save_film(frames: Sequence[Image.Image], path: str | os.PathLike[str], *, seconds: float = 4.0) -> None:
-    """Write frames as an animation that runs for ever and rests on its last frame.
+    """Save frames as an endless animation that pauses on its last frame for two seconds.
 
     Args:
         frames: Images of one size, see `denoising_film`.
-        path: A name that ends in `.gif` or `.webp`.
-        seconds: How long the frames before the last one take together; the last one stays for two more.
+        path: File name that ends in `.gif` or `.webp`.
+        seconds: Total duration of all frames but the last.
     """
-    each = max(20, round(1000 * seconds / len(frames)))  # browsers slow down frames shorter than 20 ms
-    durations = [each] * (len(frames) - 1) + [2000]
+    milliseconds = max(20, round(1000 * seconds / len(frames)))  # browsers slow down frames shorter than 20 ms
+    durations = [milliseconds] * (len(frames) - 1) + [2000]
     frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
 
 
@@ -180,11 +176,11 @@ def noising_strip(
     """Draw the forward process q(x_t | x_0) = N(√ᾱ_t·x_0, (1 - ᾱ_t)·I): a row per image, a column per timestep.
 
     Args:
-        images: x_0 of shape (B, C, H, W) in [-1, 1].
-        scheduler: Anything with `add_noise` and `config.num_train_timesteps`.
-        timesteps: The columns after the clean image; by default eight, evenly spread, the last one included.
-        generator: Source of the noise. A row uses the same noise throughout, so that one sees it come up.
-        scale: Side of the square of pixels that stands for one pixel.
+        images: x_0, (B, C, H, W) in [-1, 1].
+        scheduler: A scheduler with `add_noise` and `config.num_train_timesteps`.
+        timesteps: The columns after the clean image. `None`: eight evenly spaced timesteps up to the last.
+        generator: Generator of the noise. Each row uses one noise for all timesteps.
+        scale: Enlarge each pixel to a square of this side.
 
     Returns:
         An RGB image.
@@ -201,17 +197,19 @@ def noising_strip(
 
 
 def sampling_options(row: dict[str, Any]) -> str:
-    """Guidance and eta of an evaluation's row, as they follow its sampler's name: ", guidance 1.5, eta 1"."""
+    """Return the guidance and eta of a row as text that follows the sampler's name, like ", guidance 1.5, eta 1"."""
     text = f", guidance {row['guidance_scale']:g}" if "guidance_scale" in row else ""
     text += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
     return text + (f", eta {row['eta']:g}" if row["eta"] else "")
 
 
 def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
-    """Draw the distance from real images against network evaluations, and against seconds per image.
+    """Plot the distance to real images against network evaluations and against seconds per image.
+
+    Each sampler is a curve, and the floor is a dashed line.
 
     Args:
-        rows: Results of `evaluation.evaluate`, of one protocol: a curve for each sampler, a dashed line for the floor.
+        rows: Results of `evaluate`, of one protocol.
 
     Returns:
         An RGB image, 1200 by 480.
@@ -247,7 +245,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # all nine of a decade would overlap
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # nine labels per decade would overlap
         axes.tick_params(axis="both", which="both", labelsize=8)
         axes.grid(True, which="both", alpha=0.3)
     axes.legend()

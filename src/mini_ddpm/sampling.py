@@ -1,8 +1,8 @@
-"""Drawing many images: in shards, which are kept, by one process or by many.
+"""Draw many images, in one process or in several, and save them in shards.
 
-Image i is drawn from seed + i alone, so it does not matter which process draws it, nor when. The shards go round the
-processes that `accelerate launch` or `torchrun` started; each is a file under a hash of all that it was made from. Cut
-off, the same command draws what is missing, and what was made by other weights or settings is never taken for it.
+Image i depends only on seed + i, so any process can draw it at any time. The processes that `accelerate launch` or
+`torchrun` started take the shards in turn. Each shard is one file, named by a hash of the weights and of all settings.
+An interrupted run therefore resumes with the missing shards, and never uses images of other weights or settings.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,13 +21,14 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
-from .options import DTYPES
+from .files import atomic_write
+from .options import DTYPES, process_rank
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def content_hash(tensors: Iterable[tuple[str, torch.Tensor]], *texts: str) -> str:
-    """SHA-256 over named tensors (names, types, shapes, bytes) and texts."""
+    """Return the SHA-256 of texts and of named tensors (names, types, shapes, bytes)."""
     digest = hashlib.sha256("\n".join(texts).encode())
     for key, tensor in tensors:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -36,32 +36,27 @@ def content_hash(tensors: Iterable[tuple[str, torch.Tensor]], *texts: str) -> st
     return digest.hexdigest()
 
 
-def settings_of(part: Any) -> str:
-    """The configuration of a network or scheduler, without where it was loaded from and by which version."""
-    return json.dumps({key: value for key, value in part.config.items() if key[0] != "_"}, default=str, sort_keys=True)
+def config_json(component: Any) -> str:
+    """Return the configuration of a network or scheduler as JSON, without its path and its library version."""
+    config = {key: value for key, value in component.config.items() if key[0] != "_"}
+    return json.dumps(config, default=str, sort_keys=True)
 
 
 def weights_hash(pipe: Any) -> str:
-    """Names a pipeline's network: its weights and its configuration, in 16 hexadecimal digits."""
-    return content_hash(pipe.unet.state_dict().items(), settings_of(pipe.unet))[:16]
+    """Return a hash of the weights and the configuration of a pipeline's network, 16 hexadecimal digits."""
+    return content_hash(pipe.unet.state_dict().items(), config_json(pipe.unet))[:16]
 
 
 def cached(folder: Path, key: list[Any], compute: Callable[[], Arrays]) -> Arrays:
-    """Arrays out of a file of `folder`, or computed and put there; under another name first, so a file is whole."""
+    """Return the arrays stored in `folder` under a hash of `key`; if there are none, compute and store them."""
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = folder / digest[:2] / f"{digest}.npz"
-    if file.is_file():
-        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), np.load(file) as arrays:  # or it is damaged
+    if file.is_file():  # a damaged file is computed again
+        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), np.load(file) as arrays:
             return dict(arrays)
     computed = compute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, **computed)  # type: ignore[arg-type]
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(file) as temporary:
+        np.savez(temporary, **computed)  # type: ignore[arg-type]
     return computed
 
 
@@ -78,53 +73,51 @@ def draw(
     shared: bool = False,
     title: str = "Drawing",
 ) -> tuple[torch.Tensor, float, int]:
-    """Draws images, or takes those that were drawn before.
+    """Draw images, except those that an earlier call stored in `folder`.
 
     Args:
-        pipe: A pipeline on its device.
+        pipe: A pipeline, on its device.
         count: Number of images N.
         options: Arguments of the pipeline's call that are the same for all images.
         labels: The class of each image, for a class-conditional pipeline.
         seed: Image i is drawn with a generator of seed + i.
-        batch_size: Images drawn at once.
-        shard_size: Images in one file.
-        folder: Where the shards are kept. None: nowhere.
-        shared: Whether processes share the work, all of which call this; `folder` is then on a disk that all see.
-        title: What the progress bar says.
+        batch_size: Number of images in one call of the pipeline.
+        shard_size: Number of images in one file.
+        folder: Where to store the shards. `None`: do not store them.
+        shared: Whether all processes share the work. Each of them makes this call, and all see `folder`.
+        title: Text of the progress bar.
 
     Returns:
-        The images as bytes, (N, C, H, W) uint8, which of processes that share the work only the first collects, the
-        others have (0,); the seconds that drawing them took, added up over processes and runs; and the network's
-        evaluations for an image.
+        The images, (N, C, H, W) uint8; the seconds spent on drawing them, summed over processes and interrupted runs;
+        the number of network evaluations per image. With `shared`, only rank 0 gets them; other ranks get an empty
+        tensor and zeros.
     """
-    rank, processes = 0, 1
-    if shared:
-        rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, processes = process_rank() if shared else (0, 1)
     dtype = next((name for name, dtype in DTYPES.items() if dtype == pipe.unet.dtype), str(pipe.unet.dtype))
     key: list[Any] = []
     if folder is not None:
-        key = [weights_hash(pipe), type(pipe.scheduler).__name__, settings_of(pipe.scheduler), options, dtype]
+        key = [weights_hash(pipe), type(pipe.scheduler).__name__, config_json(pipe.scheduler), options, dtype]
         key.append(pipe.device.type)
     starts = range(0, count, shard_size)
-    mine = sum(min(shard_size, count - first) for first in starts[rank::processes])
+    own_count = sum(min(shard_size, count - first) for first in starts[rank::processes])
 
-    def shard(first: int) -> Arrays:
+    def draw_shard(first: int) -> Arrays:
         end = min(first + shard_size, count)
 
         def compute() -> Arrays:
-            parts, began = [], time.perf_counter()
+            batches, began = [], time.perf_counter()
             for start in range(first, end, batch_size):
-                part = range(start, min(start + batch_size, end))
-                which: dict[str, Any] = {"batch_size": len(part)}
+                indices = range(start, min(start + batch_size, end))
+                size_or_labels: dict[str, Any] = {"batch_size": len(indices)}
                 if labels is not None:
-                    which = {"class_labels": list(labels[part.start : part.stop])}
-                generator = [torch.Generator("cpu").manual_seed(seed + i) for i in part]
-                drawn = pipe(**options, **which, generator=generator, output_type="pt").images
-                parts.append((drawn * 255).round().to("cpu", torch.uint8))
-                bar.update(len(part))
+                    size_or_labels = {"class_labels": list(labels[indices.start : indices.stop])}
+                generator = [torch.Generator("cpu").manual_seed(seed + i) for i in indices]
+                drawn = pipe(**options, **size_or_labels, generator=generator, output_type="pt").images
+                batches.append((drawn * 255).round().to("cpu", torch.uint8))
+                bar.update(len(indices))
             evaluations = pipe.num_timesteps + getattr(pipe, "num_guided_timesteps", 0)
             cost = np.array([time.perf_counter() - began, evaluations])
-            return {"images": torch.cat(parts).numpy(), "cost": cost}
+            return {"images": torch.cat(batches).numpy(), "cost": cost}
 
         if folder is None:
             return compute()
@@ -132,17 +125,17 @@ def draw(
         return cached(folder, [*key, seed + first, end - first, classes], compute)
 
     shards: dict[int, Arrays] = {}
-    hidden = None if rank == 0 and count > batch_size else True  # None: a bar on a terminal, none in a log file
-    with tqdm(total=mine, desc=title, unit="img", disable=hidden) as bar:
+    hidden = None if rank == 0 and count > batch_size else True  # None: show a bar on a terminal, not in a log file
+    with tqdm(total=own_count, desc=title, unit="img", disable=hidden) as bar:
         for first in starts[rank::processes]:
-            shards[first] = shard(first)
-            bar.update(min(shard_size * len(shards), mine) - bar.n)
+            shards[first] = draw_shard(first)
+            bar.update(min(shard_size * len(shards), own_count) - bar.n)
     if processes > 1:
         from accelerate import PartialState
 
         PartialState(cpu=pipe.device.type == "cpu").wait_for_everyone()
     if rank > 0:
         return torch.empty(0, dtype=torch.uint8), 0.0, 0
-    arrays = [shards[first] if first in shards else shard(first) for first in starts]
+    arrays = [shards[first] if first in shards else draw_shard(first) for first in starts]
     images = torch.from_numpy(np.concatenate([array["images"] for array in arrays]))
     return images, float(sum(array["cost"][0] for array in arrays)), int(arrays[0]["cost"][1])

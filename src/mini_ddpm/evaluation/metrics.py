@@ -1,4 +1,8 @@
-"""Distances and shares, computed from features or pixels."""
+"""Distances and shares, computed from features or from pixels.
+
+Results are cached under a hash of this module's code (`evaluate.code_hash`): everything a cached figure depends on,
+apart from its inputs and libraries, stands here.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,11 @@ import torch
 from torch import nn
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in arXiv 2002.09797
-
-
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in arXiv 1801.01401
 
 
 class _Precomputed(nn.Module):
-    """Stands for the feature network where the features are there already."""
+    """Take the place of the feature network in torchmetrics: the features are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -25,14 +27,15 @@ class _Precomputed(nn.Module):
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features (1706.08500, eq. 6), in float64; FID if they are Inception's.
+    """Return the Fréchet distance between two sets of features (arXiv 1706.08500, eq. 6); FID for Inception features.
 
     Args:
-        real: (N, D).
-        generated: (M, D).
+        real: Features (N, D).
+        generated: Features (M, D).
 
     Returns:
-        `||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)`, at least 0. Biased upwards by about 1/M.
+        `||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)`, at least 0, computed in float64. The bias is positive and
+        shrinks as 1/M.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -43,22 +46,23 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[float, float]:
-    """KID, the squared MMD with the kernel `(x·y/D + 1)³`, unbiased (1801.01401, section 3): mean, standard deviation.
+    """Return KID, the unbiased squared MMD with the kernel `(x·y/D + 1)³` (arXiv 1801.01401, section 3).
 
     Args:
-        real: (N, D).
-        generated: (M, D).
-        seed: Chooses the 100 subsets of at most 1,000 that it is averaged over.
+        real: Features (N, D).
+        generated: Features (M, D).
+        seed: Seed that chooses the 100 subsets of at most 1,000 features.
+
+    Returns:
+        Mean and standard deviation over the subsets.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features in memory, where they are already
-        metric = KernelInceptionDistance(
-            feature=_Precomputed(real.shape[1]), subsets=KID_SUBSETS, subset_size=size
-        )  # the subsets are drawn by torch's global generator
-        torch.manual_seed(seed)
+        warnings.simplefilter("ignore", UserWarning)  # a warning about the memory that the features need
+        metric = KernelInceptionDistance(feature=_Precomputed(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        torch.manual_seed(seed)  # torchmetrics draws the subsets with torch's global generator
         metric.update(real, real=True)
         metric.update(generated, real=False)
         mean, std = metric.compute()
@@ -68,14 +72,21 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) 
 def nearest(
     points: torch.Tensor, others: torch.Tensor, k: int = 1, without_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance to, and index of, the k-th nearest of `others`, both (N,), for `points` (N, D) and `others` (M, D).
+    """Find the k-th nearest neighbour of each point.
 
-    `without_self` passes the nearest over: for `points` that are `others`, each is its own.
+    Args:
+        points: (N, D).
+        others: The candidates, (M, D).
+        k: Which neighbour; 1 is the nearest.
+        without_self: Whether to skip the nearest candidate. Set it if `others` are `points`.
+
+    Returns:
+        Distances (N,) and indices (N,) into `others`.
     """
     rank = k + without_self
     distances, indices = [], []
-    for part in torch.split(points, 1000):
-        found = torch.cdist(part, others).topk(rank, dim=1, largest=False)
+    for chunk in torch.split(points, 1000):
+        found = torch.cdist(chunk, others).topk(rank, dim=1, largest=False)
         distances.append(found.values[:, -1])
         indices.append(found.indices[:, -1])
     return torch.cat(distances), torch.cat(indices)
@@ -84,52 +95,73 @@ def nearest(
 def precision_recall_density_coverage(
     real: torch.Tensor, generated: torch.Tensor, k: int = NEIGHBOURS
 ) -> dict[str, float]:
-    """Fidelity and diversity by nearest neighbours, after 1904.06991 (eq. 1, 2) and 2002.09797 (eq. 3, 5).
+    """Return fidelity and diversity by nearest neighbours (arXiv 1904.06991, eq. 1, 2; arXiv 2002.09797, eq. 3, 5).
 
-    The ball of a point reaches to its k-th nearest neighbour in its own set. Precision: the share of generated points
-    in some real ball. Recall: of real points in some generated ball. Density: how many real balls a generated point
-    lies in, over k; it may exceed 1. Coverage: the share of real balls that hold a generated point.
+    The ball of a point reaches to its k-th nearest neighbour in its own set. Precision: share of generated points that
+    lie in a real ball. Recall: share of real points that lie in a generated ball. Density: mean number of real balls
+    that a generated point lies in, divided by k; it can exceed 1. Coverage: share of real balls that contain a
+    generated point.
 
     Args:
-        real: (N, D), N > k.
-        generated: (M, D), M > k.
-        k: The number of neighbours.
+        real: Features (N, D), N > k.
+        generated: Features (M, D), M > k.
+        k: Number of neighbours.
     """
     real_radii, _ = nearest(real, real, k, without_self=True)
     generated_radii, _ = nearest(generated, generated, k, without_self=True)
-    in_real_balls, in_some, covered = 0, 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    balls_around_points, precise_points = 0, 0
+    covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     recalled = torch.zeros_like(covered)
-    for part, radii in zip(torch.split(generated, 1000), torch.split(generated_radii, 1000), strict=True):
-        distances = torch.cdist(part, real)  # (m, N)
+    for points, radii in zip(torch.split(generated, 1000), torch.split(generated_radii, 1000), strict=True):
+        distances = torch.cdist(points, real)  # (m, N)
         inside = distances < real_radii
-        in_real_balls += int(inside.sum())
-        in_some += int(inside.any(dim=1).sum())
+        balls_around_points += int(inside.sum())
+        precise_points += int(inside.any(dim=1).sum())
         covered |= inside.any(dim=0)
         recalled |= (distances < radii[:, None]).any(dim=0)
     return {
-        "precision": in_some / len(generated),
+        "precision": precise_points / len(generated),
         "recall": float(recalled.float().mean()),
-        "density": in_real_balls / (k * len(generated)),
+        "density": balls_around_points / (k * len(generated)),
         "coverage": float(covered.float().mean()),
     }
 
 
 def memorization(images: torch.Tensor, train_images: torch.Tensor, train_radii: torch.Tensor) -> float:
-    """Share of images that are nearer to a training image than that one is to any other (2102.08921, section 3.3).
+    """Return the share of images that are memorized (arXiv 2102.08921, section 3.3).
 
-    Distances are between pixels. Copies have 1; unseen images the chance that two points are each other's nearest
-    neighbours, about a half where the points fill many dimensions evenly. Compare with real images that were not seen.
+    An image counts if it lies closer to some training image than that training image lies to its own nearest
+    neighbour, in pixel distance. Copies of training images score 1. Unseen images score the probability that two
+    points are each other's nearest neighbours, about 1/2 in many dimensions. Compare with real images that were not
+    trained on.
 
     Args:
         images: (N, C, H, W) uint8.
         train_images: (M, C, H, W) uint8.
-        train_radii: (M,), the distance of each training image to the nearest other one: `pixel_radii(train_images)`.
+        train_radii: (M,), from `pixel_radii(train_images)`.
     """
     distances, neighbours = nearest(images.flatten(1).float(), train_images.flatten(1).float())
     return float((distances < train_radii[neighbours]).float().mean())
 
 
 def pixel_radii(images: torch.Tensor) -> torch.Tensor:
-    """Distance of each image of (N, C, H, W) to the nearest other one, (N,)."""
+    """Return the distance of each image of (N, C, H, W) to its nearest neighbour in the same set, (N,)."""
     pixels = images.flatten(1).float()
     return nearest(pixels, pixels, without_self=True)[0]
+
+
+def compare_features(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> dict[str, float]:
+    """Return all figures that compare two sets of features; `kid` and `kid_std` are multiplied by 1,000.
+
+    Args:
+        real: Features (N, D).
+        generated: Features (M, D).
+        seed: Seed of `kernel_distance`.
+    """
+    kid, kid_std = kernel_distance(real, generated, seed)
+    return {
+        "frechet_distance": frechet_distance(real, generated),
+        "kid": 1000 * kid,
+        "kid_std": 1000 * kid_std,
+        **precision_recall_density_coverage(real, generated),
+    }
