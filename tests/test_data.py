@@ -67,7 +67,7 @@ def message(*args, **kwargs):
 # What is read
 
 
-def test_folder_of_grey_pictures_in_class_folders(tmp_path, make_pixels):
+def test_folder_of_grey_pictures_in_class_folders(tmp_path, make_pixels, capsys):
     pixels = make_pixels(4, 5, 5)
     write(tmp_path / "cat", *pixels[:2])
     write(tmp_path / "dog", *pixels[2:])
@@ -78,6 +78,9 @@ def test_folder_of_grey_pictures_in_class_folders(tmp_path, make_pixels):
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     assert np.array_equal(images[:, 0], pixels)
     assert labels.tolist() == [0, 0, 1, 1]
+    assert "Decoding images" not in capsys.readouterr().err
+    dataset.stack()
+    assert "Decoding images" in capsys.readouterr().err
     for index in range(4):
         item = dataset[index]
         assert item.keys() == {"images", "class_labels"} and item["class_labels"] == labels[index]
@@ -216,7 +219,7 @@ def test_folder_without_images(tmp_path):
     assert "any data files" in message(tmp_path / "empty")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "poem.txt").write_text("roses\nare\n")
-    assert "holds no images; its columns are text" in message(tmp_path / "text")
+    assert "holds no images; its columns are text. Set image_column." in message(tmp_path / "text")
     write(tmp_path / "one", np.zeros((2, 2), dtype=np.uint8))
     text = message(tmp_path / "one", split="train[:0]")
     assert "split 'train[:0]'" in text and "no data" in text
@@ -230,13 +233,13 @@ def test_unknown_split_column_and_resolution(tmp_path, make_pixels):
     assert "no column 'picture'; it has image, label" in message(tmp_path, image_column="picture")
     assert "no column 'class'; it has image, label" in message(tmp_path, label_column="class")
     assert "Column 'label' of" in message(tmp_path, image_column="label")
-    assert message(tmp_path, resolution=0) == "resolution=0 must be a positive number of pixels."
+    assert message(tmp_path, resolution=0) == "resolution=0 must be at least 1."
 
 
 def test_mixed_sizes_name_the_file_and_the_cure(tmp_path, make_pixels):
     write(tmp_path, *make_pixels(2, 4, 4), np.zeros((4, 7), dtype=np.uint8))
     text = message(tmp_path)
-    assert "2.png" in text and "7x4" in text and "4x4" in text and "--resolution" in text
+    assert "2.png" in text and "7x4" in text and "4x4" in text and "resolution=..." in text
     assert len(image_dataset(tmp_path, resolution=4).stack(progress=False)[0]) == 3
 
 
@@ -295,7 +298,7 @@ def test_pixels_beyond_sixteen_bits_are_refused(tmp_path):
 def test_row_without_a_picture(tmp_path):
     picture = Image.fromarray(np.zeros((2, 2), dtype=np.uint8))
     write_hub_layout(tmp_path, {"image": datasets.Image()}, train={"image": [picture, None]})
-    assert "Image number 1 cannot be decoded (there is none in this row)" in message(tmp_path)
+    assert "Image number 1 cannot be decoded (this row has no image)" in message(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from mini_ddpm import (
     MiniDDIMScheduler,
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
-    distillation,
     load_pipeline,
 )
 from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, distill
@@ -44,7 +43,7 @@ def linear_teacher(prediction_type, steps, **config):
     factors = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
     pipe = type("Pipe", (), {"unet": Linear(scheduler, factors), "scheduler": scheduler})
     teacher = DDIMTeacher(pipe, steps)
-    teacher._levels = teacher._levels.float()
+    teacher._coefficients = teacher._coefficients.float()
     return teacher, scheduler, factors.double()
 
 
@@ -140,10 +139,12 @@ def test_nearly_white_and_nearly_black_are_moved_beyond():
 
 def test_a_teacher_that_cannot_teach(tiny_unet):
     unet = tiny_unet(num_class_embeds=None)
-    with pytest.raises(ValueError, match=r"predicts the noise.*--prediction-type v_prediction or sample"):
+    with pytest.raises(ValueError, match=r"prediction_type='epsilon' cannot be distilled.*'v_prediction' or 'sample'"):
         DDIMTeacher(MiniDDPMPipeline(unet, MiniDDIMScheduler(prediction_type="epsilon")), 4)
     leading = MiniDDIMScheduler(prediction_type="v_prediction", timestep_spacing="leading")
-    with pytest.raises(ValueError, match=r"Of the 7 timesteps.*'leading'.*'trailing'"):
+    with pytest.raises(
+        ValueError, match=r"timestep_spacing='leading': the 7 timesteps.*among the 14.*timestep_spacing='trailing'"
+    ):
         DDIMTeacher(MiniDDPMPipeline(unet, leading), 7)
 
 
@@ -247,7 +248,7 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
             super().__init__(pipe, num_inference_steps, **options)
             taught.append((num_inference_steps, options.get("saturation")))
 
-    monkeypatch.setattr(distillation, "DDIMTeacher", Teacher)
+    monkeypatch.setattr("mini_ddpm.training.distill.DDIMTeacher", Teacher)
     folders = distill(config)
     assert [folder.name for folder in folders] == ["steps-4", "steps-2"]
     # The pictures have both ends, which the first student learns beyond; the second has it from the first.
@@ -275,7 +276,9 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
     alone = {"teacher": str(folders[-1]), "rounds": None, "saturate": False}
     (one,) = distill(dataclasses.replace(config, num_inference_steps=1, **alone))
     assert one.name == "steps-1" and taught[-1] == (1, (0.0, True, True))
-    with pytest.raises(ValueError, match=r"takes 4 steps; 1 halvings of 6 lead to 3. Choose --to of 2, 1."):
+    with pytest.raises(
+        ValueError, match=r"=3 with rounds=1 needs a teacher of 6 steps, but .* samples in 4. Use .* of 2, 1."
+    ):
         distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
 
 
@@ -304,7 +307,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
 def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
     config = dataclasses.replace(config, checkpointing_steps=8)
     whole = distill(dataclasses.replace(config, output_dir=config.output_dir.with_name("whole")))
-    monkeypatch.setattr(distillation, "_estimate", lambda *args: 0.0)  # which calls the teacher too
+    monkeypatch.setattr("mini_ddpm.training.distill._estimate", lambda *args: 0.0)  # which calls the teacher too
     call, left = DDIMTeacher.__call__, [calls]
 
     def cut_off(self, *args):
@@ -330,13 +333,16 @@ def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
-        ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval=\(0.6, 0.4\) must be two shares of the way"),
-        ({"guidance_interval": (0.1, 0.12)}, r"guidance_interval=\(0.1, 0.12\): none of 8 steps i has start <= "),
+        ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval=\(0.6, 0.4\) must satisfy 0 <= start < end <= 1"),
+        ({"guidance_interval": (0.1, 0.12)}, r"guidance_interval=\(0.1, 0.12\): none of the 8 steps i has start <= "),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
-        ({"rounds": 9}, "9 rounds to 2 steps start at 1024, more than its 1000 levels"),
-        ({"teacher": "mnist", "guidance_scale": 2.0}, "guidance_scale=2.0: mnist is not class-conditional"),
+        ({"rounds": 9}, "rounds=9 needs a teacher of 1024 steps, but .* has 1000 noise levels"),
+        (
+            {"teacher": "mnist", "guidance_scale": 2.0},
+            "guidance_scale=2.0: mnist is unconditional and takes no guidance",
+        ),
         ({"dataset_name": "nowhere"}, "nowhere"),
-        ({"teacher": "mnist-class-conditional"}, r"\(left, right\) are not those that mnist-class-.* \(0, 1, 2, 3,"),
+        ({"teacher": "mnist-class-conditional"}, r"\(left, right\) are not those of mnist-class-.* \(0, 1, 2, 3,"),
     ],
 )
 def test_what_cannot_be_distilled(config, change, message):

@@ -1,4 +1,4 @@
-"""Training: the loss is the paper's, a run cut anywhere goes on as if it had not been, failures keep what there is."""
+"""Training: the loss is the paper's, an interrupted run resumes exactly, failures keep the last checkpoint."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,10 +24,11 @@ from mini_ddpm import (
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
     load_pipeline,
-    training,
 )
 from mini_ddpm.data import image_dataset
-from mini_ddpm.training.batches import _image_ids, _noise_batch
+from mini_ddpm.pipelines.pipeline_base import DEFAULT_NUM_INFERENCE_STEPS
+from mini_ddpm.training.batches import image_ids, noise_batch
+from mini_ddpm.training.checkpoints import claim_folder, truncate_log
 from mini_ddpm.training.loss import beyond_saturation, compute_loss, saturated_ends
 from mini_ddpm.training.train import TrainConfig, _new_model, train
 
@@ -67,7 +69,7 @@ def run_in_process(config, launcher=()):
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
     script = config.output_dir.parent / "train.py"
     script.write_text(
-        "import json, sys\nfrom mini_ddpm.training import TrainConfig, train\n"
+        "import json, sys\nfrom mini_ddpm.training.train import TrainConfig, train\n"
         f"train(TrainConfig(**json.loads({json.dumps(json.dumps(values))})))\n"
     )
     command = [sys.executable, *launcher, str(script)]
@@ -118,6 +120,31 @@ def test_snr_weights_make_the_three_losses_one(prediction_type, limits):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_without_weights_the_loss_is_the_mean_squared_error(prediction_type):
+    torch.manual_seed(0)
+    scheduler = MiniDDIMScheduler(prediction_type=prediction_type)
+    images, noise, labels = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([7, 8, 9])
+    timesteps = torch.tensor([3, 500, 900])
+    target = {
+        "epsilon": noise,
+        "sample": images,
+        "v_prediction": scheduler.get_velocity(images, noise, timesteps),
+    }[prediction_type]
+    given = []
+
+    def network(*args):
+        given.extend(args)
+        return SimpleNamespace(sample=target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1))
+
+    loss = compute_loss(network, scheduler, images, noise, timesteps, labels)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx((1 + 4 + 9) / 3, rel=1e-5)
+    assert torch.equal(given[0], scheduler.add_noise(images, noise, timesteps))
+    assert given[1] is timesteps and given[2] is labels
+    compute_loss(network, scheduler, images, noise, timesteps)
+    assert given[-1] is None
+
+
 def test_loss_refuses_a_learned_variance():
     scheduler, images = MiniDDIMScheduler(), torch.zeros(2, 1, 4, 4)
     doubled = OfEpsilon(scheduler, images, torch.zeros(2, 2, 4, 4), 0.0)
@@ -133,8 +160,7 @@ def process(index, of):
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order():
-    config = TrainConfig(train_batch_size=4)
-    stream = torch.cat(list(_image_ids(config, process(0, 1), 10, range(5))))
+    stream = torch.cat(list(image_ids(process(0, 1), 0, 10, 4, range(5))))
     first, second = stream[:10], stream[10:]
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
     assert first.tolist() != second.tolist()
@@ -142,26 +168,43 @@ def test_every_epoch_shows_every_image_once_in_a_new_order():
 
 def test_processes_share_the_batch_of_one():
     images, labels = torch.zeros(8, 1, 4, 4), torch.arange(8)
-    whole = _noise_batch(TrainConfig(), process(0, 1), torch.arange(1000), 3, images, labels, 8)
-    parts = [
-        _noise_batch(TrainConfig(), process(i, 2), torch.arange(1000), 3, images[:4], labels[4 * i : 4 * i + 4], 8)
-        for i in (0, 1)
-    ]
+    levels = torch.arange(1000)
+    whole = noise_batch(process(0, 1), 0, 3, levels, images, labels, 8, 0.5)
+    parts = [noise_batch(process(i, 2), 0, 3, levels, images[:4], labels[4 * i : 4 * i + 4], 8, 0.5) for i in (0, 1)]
+    assert 0 < (whole[2] == 8).sum() < 8
     for of_whole, of_parts in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(of_whole, torch.cat(of_parts))
-    ids = [list(_image_ids(TrainConfig(train_batch_size=4), process(i, 2), 10, range(5))) for i in (0, 1)]
-    ids_whole = list(_image_ids(TrainConfig(train_batch_size=8), process(0, 1), 10, range(5)))
+    ids = [list(image_ids(process(i, 2), 0, 10, 4, range(5))) for i in (0, 1)]
+    ids_whole = list(image_ids(process(0, 1), 0, 10, 8, range(5)))
     assert [torch.cat(pair).tolist() for pair in zip(*ids, strict=True)] == [batch.tolist() for batch in ids_whole]
 
 
-def test_timesteps_are_stratified_and_labels_dropped():
-    config, images = TrainConfig(class_dropout_prob=0.25), torch.zeros(100, 1, 1, 1)
-    seen, dropped = [], 0
-    for step in range(40):
-        noise, timesteps, labels = _noise_batch(
-            config, process(0, 1), torch.arange(1000), step, images, torch.zeros(100).long(), 10
+def test_seed_and_step_decide_what_is_drawn():
+    def drawn(seed, step):
+        noise, timesteps, labels = noise_batch(
+            process(0, 1), seed, step, torch.arange(1000), torch.zeros(8, 1, 4, 4), torch.zeros(8).long(), 8, 0.5
         )
-        assert (timesteps.sort().values // 10 == torch.arange(100)).sum() >= 1
+        ids = next(image_ids(process(0, 1), seed, 1000, 8, range(step, step + 1)))
+        return noise, timesteps, labels, ids
+
+    first = drawn(0, 3)
+    assert all(torch.equal(one, other) for one, other in zip(first, drawn(0, 3), strict=True))
+    for seed, step in ((1, 3), (0, 4)):
+        noise, timesteps, _, ids = drawn(seed, step)
+        assert not torch.equal(noise, first[0])
+        assert not torch.equal(timesteps, first[1]) and not torch.equal(ids, first[3])
+
+
+def test_timesteps_are_stratified_and_labels_dropped():
+    images, seen, dropped = torch.zeros(100, 1, 1, 1), [], 0
+    for step in range(40):
+        noise, timesteps, labels = noise_batch(
+            process(0, 1), 0, step, torch.arange(1000), images, torch.zeros(100).long(), 10, 0.25
+        )
+        # Exactly one in each of 100 strata of ten noise levels. Strata begin at a multiple of ten plus an offset in
+        # [0, 10), which rounds down to one offset for all timesteps of a batch.
+        assert ((timesteps - timesteps.min()).sort().values == 10 * torch.arange(100)).all()
+        assert timesteps.min() < 10
         assert torch.histc(timesteps.float(), 10, 0, 1000).tolist() == pytest.approx([10] * 10, abs=1)
         assert set(labels.tolist()) <= {0, 10}
         dropped += (labels == 10).sum().item()
@@ -169,6 +212,18 @@ def test_timesteps_are_stratified_and_labels_dropped():
     seen = torch.cat(seen)
     assert seen.min() == 0 and seen.max() == 999 and len(seen.unique()) > 900
     assert dropped / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_every_stratum_has_one_timestep_also_where_they_do_not_divide():
+    for batch_size, count in ((3, 8), (7, 100), (64, 1000), (100, 32)):
+        levels = torch.arange(count).flip(0) * 10  # as a teacher's, they come in any order
+        images = torch.zeros(batch_size, 1, 1, 1)
+        edges = count * torch.arange(batch_size + 1, dtype=torch.float64) / batch_size
+        for step in range(20):
+            _, timesteps, _ = noise_batch(process(0, 1), 0, step, levels, images, None, None, 0.1)
+            positions = (count - 1 - timesteps // 10).sort().values.double()
+            # A position is a point of its stratum, rounded down.
+            assert (positions > edges[:-1] - 1).all() and (positions < edges[1:]).all()
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
@@ -212,13 +267,13 @@ def test_ten_steps_and_ten_more_are_twenty(config, capsys):
     shutil.rmtree(cut / "checkpoint-20")
     (cut / WEIGHTS).unlink()
     train(dataclasses.replace(config, dropout=0.1, output_dir=cut))
-    assert "Going on from" in capsys.readouterr().out
+    assert f"Resuming from {cut / 'checkpoint-10'} (step 10 of 20)." in capsys.readouterr().out
     assert_equal_weights(cut, whole)
     lines = [json.loads(line) for line in (cut / "train_log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     before = weights(whole)
     train(dataclasses.replace(config, dropout=0.1))
-    assert "trained already" in capsys.readouterr().out
+    assert f"{whole} is already trained (20 steps)." in capsys.readouterr().out
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(whole).items())
 
 
@@ -250,7 +305,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint(config):
     assert load_pipeline(killed.output_dir)
     train(killed)
     assert_equal_weights(killed.output_dir, train(config))
-    assert not list(killed.output_dir.glob(".*.tmp"))
+    assert not list(killed.output_dir.rglob(".*"))
 
 
 def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
@@ -266,6 +321,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     sample, timesteps = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999])
     predictions = [load_pipeline(folder).unet(sample, timesteps).sample for folder in (two.output_dir, train(config))]
     torch.testing.assert_close(*predictions, atol=1e-4, rtol=0)
+    assert not list(two.output_dir.rglob(".*"))
     steps = [json.loads(line)["images"] for line in (two.output_dir / "train_log.jsonl").read_text().splitlines()]
     assert steps[-1] == 80
 
@@ -283,6 +339,24 @@ def test_colour_and_oblong_pictures(config, tmp_path):
     folder = train(dataclasses.replace(config, dataset_name=str(tmp_path / "colour"), max_train_steps=2))
     pipe = load_pipeline(folder)
     assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 3, 9, 12)
+
+
+@pytest.mark.parametrize(("levels", "steps"), [(1000, DEFAULT_NUM_INFERENCE_STEPS), (8, 8)])
+def test_grids_take_the_default_number_of_steps(config, monkeypatch, levels, steps):
+    calls, call = [], MiniDDPMPipeline.__call__
+
+    def record(self, *args, **options):
+        calls.append(options)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(MiniDDPMPipeline, "__call__", record)
+    config = dataclasses.replace(config, max_train_steps=8, save_images_epochs=1, num_train_timesteps=levels)
+    folder = train(config)
+    # Four steps of four images are an epoch.
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
+    assert [(options["num_inference_steps"], options["batch_size"]) for options in calls] == [(steps, 64)] * 2
+    with Image.open(folder / "samples" / "epoch-0002.png") as grid:
+        assert grid.width > 8 * 8
 
 
 # ---- runs that start from a pipeline -------------------------------------------------------------------------
@@ -339,10 +413,10 @@ def test_a_run_starts_as_the_pipeline_it_starts_from(save, config, tmp_path, kno
 
 def test_shape_and_noise_schedule_are_those_of_the_pipeline(save, config):
     # Fewer timesteps than the configuration has, and than the steps in which grids of samples are drawn.
-    folder, source = save(timesteps=20, prediction_type="epsilon", sample_size=28, num_class_embeds=None)
+    folder, source = save(timesteps=12, prediction_type="epsilon", sample_size=28, num_class_embeds=None)
     config = starting_from(folder, config, max_train_steps=1, save_images_epochs=1, train_batch_size=32)
     pipe = load_pipeline(train(config))
-    assert (pipe.scheduler.config.num_train_timesteps, pipe.scheduler.config.prediction_type) == (20, "epsilon")
+    assert (pipe.scheduler.config.num_train_timesteps, pipe.scheduler.config.prediction_type) == (12, "epsilon")
     assert list(pipe.unet.config.block_out_channels) == list(source.config.block_out_channels)
     assert pipe.unet.config.sample_size == 8
     assert pipe(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
@@ -371,7 +445,7 @@ def test_a_cut_run_from_a_pipeline_goes_on(save, config, tmp_path):
 
 def test_a_pipeline_of_other_images_is_refused(save, config):
     folder, source = save(in_channels=3, out_channels=3)
-    with pytest.raises(ValueError, match="3 channels, and those of .* have 1") as error:
+    with pytest.raises(ValueError, match="3 channels, but those of .* have 1") as error:
         train(starting_from(folder, config))
     assert "\n" not in str(error.value)
     assert not config.output_dir.exists()
@@ -389,7 +463,10 @@ def test_a_pipeline_of_other_images_is_refused(save, config):
 def test_another_shape_or_schedule_than_the_pipelines_is_refused(save, config, field, value):
     folder, source = save()
     config = dataclasses.replace(starting_from(folder, config), **{field: value})
-    with pytest.raises(ValueError, match=rf"{field}=.* cannot be had: the shape and the noise schedule are those of"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{field}=.* conflicts with .*, whose network shape and noise schedule are kept\. Omit {field}",
+    ):
         train(config)
     assert not config.output_dir.exists()
 
@@ -457,7 +534,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_weights(config, monkeypatch):
         losses.append(compute_loss(*args))
         return losses[-1] * (float("nan") if len(losses) > 13 else 1.0)
 
-    monkeypatch.setattr(training, "compute_loss", overflowing)
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", overflowing)
     with pytest.raises(FloatingPointError, match=r"loss nan.*Lower learning_rate \(now 0.001\).*checkpoint-10"):
         train(config)
     assert [path.name for path in sorted(config.output_dir.glob("checkpoint-*"))] == ["checkpoint-10"]
@@ -484,7 +561,7 @@ def test_full_disk_keeps_the_previous_checkpoint(config):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in before} == before
-    assert not list(config.output_dir.glob(".*.tmp"))
+    assert not list(config.output_dir.rglob(".*"))
     train(config)
     assert (config.output_dir / "checkpoint-20").exists()
 
@@ -503,6 +580,31 @@ def test_full_disk_keeps_the_previous_checkpoint(config):
 def test_impossible_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**values)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_accelerate_takes_the_device_that_was_found(config, monkeypatch, kind):
+    class Taken(Exception):
+        pass
+
+    def accelerator(**options):
+        raise Taken(options["cpu"], options["mixed_precision"])
+
+    monkeypatch.setattr("mini_ddpm.training.train.find_device", lambda name: torch.device(kind))
+    monkeypatch.setattr("accelerate.Accelerator", accelerator)
+    for precision in ("no", "fp16", "bf16"):
+        with pytest.raises(Taken) as error:
+            train(dataclasses.replace(config, device="auto", mixed_precision=precision))
+        assert error.value.args == (kind == "cpu", precision)
+
+
+def test_help_is_plain_and_hides_what_nobody_needs(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(TrainConfig, args=["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--adam-weight-decay" in text and "adam-beta2" not in text
+    assert "channels-last" not in text and "ema-power" not in text and "None:" not in text
+    assert tyro.cli(TrainConfig, args=[]) == TrainConfig()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -524,10 +626,66 @@ def test_other_runs_and_foreign_folders_are_left_alone(config, tmp_path):
         train(dataclasses.replace(other, prediction_type="epsilon"))
 
 
+def test_runs_of_earlier_versions_continue_exactly_or_are_refused(config):
+    # Earlier versions wrote their settings `channels_last` and `ema_power`, which are constants now.
+    whole = train(config)
+    older = whole.with_name("older")
+    file = older / "train_config.json"
+    settings = json.loads((whole / "train_config.json").read_text())
+    assert "channels_last" not in settings and "ema_power" not in settings
+    for removed, value in (("channels_last", False), ("ema_power", 2 / 3), (None, None)):
+        shutil.rmtree(older, ignore_errors=True)
+        shutil.copytree(whole, older)
+        shutil.rmtree(older / "checkpoint-20")
+        (older / WEIGHTS).unlink()
+        before = settings | {"channels_last": True, "ema_power": 0.75} | ({removed: value} if removed else {})
+        file.write_text(json.dumps(before))
+        if removed is None:
+            train(dataclasses.replace(config, output_dir=older))
+            assert_equal_weights(older, whole)
+            assert json.loads(file.read_text()) == settings | {"output_dir": str(older)}
+        else:
+            message = f"holds a run with {removed}={value!r}, but this version always uses"
+            with pytest.raises(ValueError, match=message) as error:
+                train(dataclasses.replace(config, output_dir=older))
+            assert "\n" not in str(error.value)
+            assert json.loads(file.read_text()) == before and not (older / WEIGHTS).exists()
+
+
+def test_a_setting_that_only_the_held_run_has_is_refused(tmp_path):
+    claim_folder(tmp_path / "run", {"seed": 0, "distilled_from": "mnist", "device": "cpu"})
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    claim_folder(tmp_path / "run", {"seed": 0, "distilled_from": "mnist", "device": "cuda"})
+    with pytest.raises(ValueError, match="holds a run with distilled_from='mnist', not None"):
+        claim_folder(tmp_path / "run", {"seed": 0, "device": "cpu"})
+
+
+def test_unfinished_files_of_a_killed_run_are_removed(config):
+    folder = train(dataclasses.replace(config, max_train_steps=5))
+    (folder / ".checkpoint-10.4711").mkdir()
+    (folder / ".checkpoint-10.tmp").mkdir()
+    (folder / "unet" / ".diffusion_pytorch_model.4711.safetensors").write_bytes(b"half")
+    (folder / "train_config.json.tmp").write_text("{")
+    (folder / ".gitignore").write_text("logs")
+    kept = {path for path in folder.rglob("*") if "4711" not in path.name and path.suffix != ".tmp"}
+    claim_folder(folder, vars(config))
+    assert set(folder.rglob("*")) == kept
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
+    lines = [json.dumps({"step": step}) for step in (5, 10, 15)]
+    for text in ("\n".join(lines) + "\n", "\n".join(lines) + '\n{"step": 2', "\n".join(lines[:2])):
+        (tmp_path / "train_log.jsonl").write_text(text)
+        truncate_log(tmp_path, 10)
+        assert (tmp_path / "train_log.jsonl").read_text() == '{"step": 5}\n{"step": 10}\n'
+    truncate_log(tmp_path / "nowhere", 10)
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_class_conditional_needs_labels(config, tmp_path):
     (tmp_path / "flat").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "flat" / "0.png")
-    with pytest.raises(ValueError, match="class_conditional needs labels"):
+    with pytest.raises(ValueError, match="class_conditional=True needs labels, but"):
         train(dataclasses.replace(config, dataset_name=str(tmp_path / "flat"), class_conditional=True))
     assert not config.output_dir.exists()
 

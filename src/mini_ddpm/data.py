@@ -1,6 +1,6 @@
 """Images for training: a Hub dataset, a folder in a Hub dataset's layout, or a folder of pictures.
 
-`datasets` finds and opens them; this module finds the columns, checks every picture and turns it into a tensor.
+`datasets` opens them; this module finds the columns, checks every picture and turns it into a tensor.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     import datasets
     from PIL import Image
 
-# Folders of splits, which `datasets` takes for the classes of the pictures where there are no folders below them.
+# Names of folders that hold a split. `datasets` takes them for classes if they have no sub-folders.
 _SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
     """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
 
-    Unlabelled datasets have no `"class_labels"`. Made by [`image_dataset`]. All pictures are grey or all are colour,
-    as the first is; 16-bit grey is scaled to 8 bits, and what is transparent shows white.
+    Use [`image_dataset`] to make one. Items of a dataset without labels have no `"class_labels"`. If the first picture
+    is grey, all are converted to grey, else all to colour; 16-bit grey is scaled to 8 bits, and transparent pixels
+    become white.
 
     Attributes:
         shape: (C, H, W) of every picture; C is 1 for grey and 3 for colour.
-        id2label: Class names by index, or `None` where there are no labels.
+        id2label: Class names by index, or `None` if there are no labels.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return item
 
     def pixels(self, index: int) -> np.ndarray[Any, Any]:
-        """Decode one picture to uint8, (C, H, W) in [0, 255].
+        """Return one picture as uint8, (C, H, W) in [0, 255].
 
         Raises:
             ValueError: The picture cannot be decoded or differs in size from the first; the message names it.
@@ -83,8 +84,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         shape = getattr(self, "shape", pixels.shape)
         if pixels.shape != shape:
             raise ValueError(
-                f"Image {self._name(index)} is {pixels.shape[2]}x{pixels.shape[1]} pixels but the first is "
-                f"{shape[2]}x{shape[1]}: the images must have one size. Pass --resolution to crop and resize them."
+                f"Image {self._name(index)} has {pixels.shape[2]}x{pixels.shape[1]} pixels, but the first has "
+                f"{shape[2]}x{shape[1]}. All must have one size: set resolution=... to crop and resize them."
             )
         return pixels
 
@@ -95,10 +96,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             progress: Whether to show a progress bar.
 
         Returns:
-            Images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None` where there are none.
+            Images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None` if there are none.
 
         Raises:
-            ValueError: As [`ImageDataset.pixels`].
+            ValueError: See [`ImageDataset.pixels`].
         """
         images = np.empty((len(self), *self.shape), dtype=np.uint8)
         for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
@@ -106,34 +107,36 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return torch.from_numpy(images), torch.tensor(self._labels) if self._labels is not None else None
 
     def _decode(self, index: int) -> Image.Image:
+        """Decode one picture, turned upright, to 8 bits without transparency and to the mode of the dataset."""
         from PIL import Image, ImageOps
 
         record = self._rows[index][self._image_column]
         try:
             if record is None:
-                raise ValueError("there is none in this row")
+                raise ValueError("this row has no image")
             image: Image.Image
             with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as file:
-                image = ImageOps.exif_transpose(file)  # decodes the pixels too: opening reads the header only
-            if image.mode == "I" or image.mode.startswith("I;16"):  # which `convert` would clip at 255
+                image = ImageOps.exif_transpose(file)  # also decodes the pixels; `open` reads only the header
+            if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip these at 255
                 values = np.asarray(image)
                 if values.min() < 0 or values.max() > 65535:
                     raise ValueError("its pixels have more than 16 bits")
                 image = Image.fromarray(np.round(values / 257).astype(np.uint8))
             elif image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, of unknown range")
+                raise ValueError("its pixels are floating-point numbers, whose range is unknown")
             elif image.has_transparency_data:
                 grey = image.mode in ("1", "L", "LA")
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 image = image.convert("L" if grey else "RGB")
             return image if self._mode is None else image.convert(self._mode)
-        except Exception as error:  # a damaged file makes PIL raise a dozen types
+        except Exception as error:  # PIL raises many types for a damaged file
             raise ValueError(
                 f"Image {self._name(index)} cannot be decoded ({error}). Remove or replace it."
             ) from error
 
     def _name(self, index: int) -> str:
+        """Return how error messages refer to a picture."""
         path = (self._rows[index][self._image_column] or {}).get("path")
         return f"{path!r} (number {index})" if path else f"number {index}"
 
@@ -150,30 +153,31 @@ def image_dataset(
     label_column: str | None = None,
     resolution: int | None = None,
 ) -> ImageDataset:
-    """Open the images to train on.
+    """Open the images of a dataset.
 
     Args:
-        name: A Hub id such as "ylecun/mnist", a local folder in a Hub dataset's layout, or a folder of pictures; with
-            one sub-folder per class the folder names are the class names.
-        split: Which split.
-        image_column: The column of pictures; found by its type if not given.
-        label_column: The column of class indices; found by its type or name ("label", "labels") if not given.
-        resolution: Crop to the centre square and resize to this many pixels. By default pictures are taken as they
-            are, and must all have one size.
+        name: A Hub id such as "ylecun/mnist", a local folder in a Hub dataset's layout, or a folder of pictures. If it
+            has one sub-folder per class, the folder names are the class names.
+        split: The split to open.
+        image_column: The column of pictures. `None`: the first that holds images.
+        label_column: The column of class indices. `None`: the first of class labels, else "label" or "labels", if
+            there is one.
+        resolution: Crop to the centre square and resize to this many pixels. `None`: keep the pictures' size, which
+            must be the same for all.
 
     Raises:
-        ValueError: There is no such dataset, split or column, it holds no images, a label is no class index, or the
-            first picture is corrupt.
+        ValueError: The dataset, split or column does not exist or cannot be read, holds no images, a label is not a
+            class index, or the first picture is corrupt.
     """
     import datasets
 
     if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution={resolution} must be a positive number of pixels.")
+        raise ValueError(f"resolution={resolution} must be at least 1.")
     folder = Path(name).expanduser()
     is_local = folder.exists() or folder.is_absolute() or str(name).startswith((".", "~"))
     if is_local and not folder.is_dir():
         raise ValueError(f"Dataset {str(name)!r} is {'a file, not a folder' if folder.exists() else 'not there'}.")
-    rows = _load(str(folder if is_local else name), split, is_local)
+    rows = _open_split(str(folder if is_local else name), split, is_local)
     classes = rows.features.get("label")
     if is_local and isinstance(classes, datasets.ClassLabel) and set(classes.names) <= _SPLIT_FOLDERS:
         rows = rows.remove_columns("label")
@@ -185,7 +189,7 @@ def image_dataset(
     if image_column is None:
         pictures = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if not pictures:
-            raise ValueError(f"Dataset {str(name)!r} holds no images; its columns are {columns}. Pass --image-column.")
+            raise ValueError(f"Dataset {str(name)!r} holds no images; its columns are {columns}. Set image_column.")
         image_column = pictures[0]
     if label_column is None:
         classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -197,8 +201,12 @@ def image_dataset(
     return ImageDataset(rows, image_column, label_column, resolution)
 
 
-def _load(name: str, split: str, is_local: bool) -> datasets.Dataset:
-    """Opens one split of a folder, or of a Hub dataset, which need not be reached if it is in the cache."""
+def _open_split(name: str, split: str, is_local: bool) -> datasets.Dataset:
+    """Open one split of a folder or of a Hub dataset. If the Hub cannot be reached, the cache is used.
+
+    Raises:
+        ValueError: The dataset or the split does not exist, or cannot be read.
+    """
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -210,15 +218,15 @@ def _load(name: str, split: str, is_local: bool) -> datasets.Dataset:
         try:
             HfApi().dataset_info(name, timeout=10)
         except (HfHubHTTPError, HFValidationError):
-            pass  # the Hub has answered, or the name is none; `datasets` says more
+            pass  # the Hub has answered, or the name is invalid: the error of `datasets` below says more
         except Exception:
-            # `datasets` would try for half a minute before it looks into its cache.
+            # The Hub cannot be reached. Online, `datasets` would retry for half a minute before it reads its cache.
             datasets.config.HF_HUB_OFFLINE = True
             hint = ", and it is not in the cache. Connect to the network, or pass a folder."
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, split=split)
-    except Exception as error:  # `datasets` raises a dozen unrelated types here
+    except Exception as error:  # `datasets` raises many unrelated types
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         lines = str(cause or error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"Cannot open dataset {name!r}, split {split!r}: {lines[0]}{hint}") from error

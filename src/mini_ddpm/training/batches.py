@@ -1,4 +1,4 @@
-"""The batches of a training run: images, noise, timesteps and labels, each a function of seed and step."""
+"""The batches of a training run: images, noise, timesteps and labels, each a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -9,47 +9,33 @@ import numpy as np
 import torch
 
 from ..data import ImageDataset, to_model_range
-from .train import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def _image_ids(config: TrainConfig, accelerator: Accelerator, num_images: int, micro_steps: range) -> Iterator[Any]:
-    """The images of each forward pass of this process: a (train_batch_size,) int64 tensor at a time.
-
-    The stream of all batches is the dataset over and over, shuffled anew each epoch by (seed, epoch). Forward pass m
-    of all processes together takes places m·B to (m+1)·B, and each process its share of them.
-    """
-    batch_size = config.train_batch_size * accelerator.num_processes
-    epochs: dict[int, torch.Tensor] = {}
-    for micro_step in micro_steps:
-        start = micro_step * batch_size + accelerator.process_index * config.train_batch_size
-        places = torch.arange(start, start + config.train_batch_size)
-        wanted = range(start // num_images, int(places[-1]) // num_images + 1)
-        epochs = {
-            epoch: epochs[epoch] if epoch in epochs else _shuffled(config, num_images, epoch) for epoch in wanted
-        }
-        order = torch.cat([epochs[epoch] for epoch in wanted])
-        yield order[places - wanted[0] * num_images]
-
-
-def _shuffled(config: TrainConfig, num_images: int, epoch: int) -> torch.Tensor:
-    """A permutation of the images, (num_images,) int64."""
-    return torch.randperm(num_images, generator=_generator("cpu", config.seed, 0, epoch))
-
-
-def _batches(
-    config: TrainConfig, dataset: ImageDataset, accelerator: Accelerator, micro_steps: range
+def image_batches(
+    dataset: ImageDataset,
+    ids: Iterator[torch.Tensor],
+    device: torch.device,
+    cache: bool | None,
+    num_workers: int,
+    progress: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """This process's batches on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`."""
-    device = accelerator.device
-    ids = _image_ids(config, accelerator, len(dataset), micro_steps)
-    cache = config.cache_dataset
+    """Yield the batches of one process on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`.
+
+    Args:
+        dataset: The images.
+        ids: The indices of the images of each batch, from `image_ids`.
+        device: Where the batches go.
+        cache: Whether to keep all images on the device as bytes. `None`: if they take less than 2 GB.
+        num_workers: Processes that decode images if they are not cached.
+        progress: Whether to show a progress bar while images are decoded into the cache.
+    """
     if cache is None:
         cache = len(dataset) * int(np.prod(dataset.shape)) < 2e9
     if cache:
-        images, labels = dataset.stack(progress=accelerator.is_main_process)
+        images, labels = dataset.stack(progress=progress)
         images, labels = images.to(device), labels.to(device) if labels is not None else None
         for batch in ids:
             batch = batch.to(device)
@@ -58,7 +44,7 @@ def _batches(
         loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=(batch.tolist() for batch in ids),
-            num_workers=config.dataloader_num_workers,
+            num_workers=num_workers,
             pin_memory=device.type == "cuda",
         )
         for item in loader:
@@ -66,35 +52,82 @@ def _batches(
             yield item["images"].to(device), labels.to(device) if labels is not None else None
 
 
-def _noise_batch(
-    config: TrainConfig,
+def image_ids(
+    accelerator: Accelerator, seed: int, num_images: int, batch_size: int, micro_steps: range
+) -> Iterator[torch.Tensor]:
+    """Yield the indices of the images of each forward pass of this process, (batch_size,) int64.
+
+    The dataset is repeated without end, in an order that depends on (seed, epoch). Forward pass m of all processes
+    together takes positions m·B to (m+1)·B of this sequence, and each process its part of them.
+
+    Args:
+        accelerator: Knows the number of this process and how many there are.
+        seed: The run's seed.
+        num_images: The size of the dataset.
+        batch_size: Images per process.
+        micro_steps: The numbers of the forward passes.
+    """
+    orders: dict[int, torch.Tensor] = {}
+    for micro_step in micro_steps:
+        start = (micro_step * accelerator.num_processes + accelerator.process_index) * batch_size
+        positions = torch.arange(start, start + batch_size)
+        epochs = range(start // num_images, int(positions[-1]) // num_images + 1)
+        orders = {
+            epoch: orders[epoch]
+            if epoch in orders
+            else torch.randperm(num_images, generator=_generator("cpu", seed, 0, epoch))
+            for epoch in epochs
+        }
+        yield torch.cat(list(orders.values()))[positions - epochs[0] * num_images]
+
+
+def noise_batch(
     accelerator: Accelerator,
-    levels: torch.Tensor,
+    seed: int,
     micro_step: int,
+    noise_levels: torch.Tensor,
     images: torch.Tensor,
     class_labels: torch.Tensor | None,
     null_label: int | None,
+    class_dropout_prob: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draw noise, timesteps and labels with dropout for one forward pass, from (seed, micro_step) alone.
+    """Draw the noise, timesteps and labels of one forward pass of this process from (seed, micro_step) alone.
 
-    The timesteps, out of `levels` (N,), are stratified over the batch, place `floor(N · frac(u + i/B))`: every batch
-    covers all noise levels, so that the loss varies less (VDM, arXiv 2107.00630, appendix I.1). All is drawn for the
-    batch of all processes.
+    All is drawn for the batch of all processes, of which each process takes its part. The timesteps are stratified:
+    row i of B takes `noise_levels[floor(N · frac(u + i/B))]`, so that every batch covers all noise levels evenly and
+    the loss varies less (arXiv 2107.00630, appendix I.1).
+
+    Args:
+        accelerator: Knows the number of this process and how many there are.
+        seed: The run's seed.
+        micro_step: The number of the forward pass.
+        noise_levels: The timesteps to draw from, (N,) int64.
+        images: The images of this process, (B, C, H, W).
+        class_labels: Their labels, (B,) int64, or `None`.
+        null_label: The null label, or `None` for an unconditional network.
+        class_dropout_prob: The probability with which a label becomes the null label.
+
+    Returns:
+        Noise, (B, C, H, W); timesteps, (B,) int64; labels, (B,) int64, or `None` for an unconditional network.
     """
     local, device = images.shape[0], images.device
     batch_size = local * accelerator.num_processes
-    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-    generator = _generator(device, config.seed, 1, micro_step)
-    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[mine]
+    own = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+    generator = _generator(device, seed, 1, micro_step)
+    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[own]
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
-    timesteps = levels[((strata + offset) % 1 * len(levels)).long().clamp(max=len(levels) - 1)][mine]
+    levels = ((strata + offset) % 1 * len(noise_levels)).long().clamp(max=len(noise_levels) - 1)
+    timesteps = noise_levels[levels][own]
     if null_label is None or class_labels is None:
         return noise, timesteps, None
-    dropped = torch.rand(batch_size, generator=generator, device=device)[mine] < config.class_dropout_prob
+    dropped = torch.rand(batch_size, generator=generator, device=device)[own] < class_dropout_prob
     return noise, timesteps, class_labels.masked_fill(dropped, null_label)
 
 
 def _generator(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator whose seed is a hash of `key`. (Torch's CPU generator uses 32 bits of a seed, so no packing.)"""
+    """Return a generator seeded with a hash of `key`.
+
+    A hash, because torch's CPU generator uses only 32 bits of a seed: the numbers of `key` cannot be packed into it.
+    """
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

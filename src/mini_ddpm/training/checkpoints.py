@@ -1,112 +1,165 @@
-"""The folder of a training run: its configuration, checkpoints and log."""
+"""The folder of a training run: its settings, its log, its checkpoints and its pipeline."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .train import _FREE_TO_CHANGE, TrainConfig
+from ..files import atomic_write, remove
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Settings that a resumed run may change. With any other change it would be another run.
+CHANGEABLE_SETTINGS = {
+    "output_dir",
+    "num_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "logging_steps",
+    "save_images_epochs",
+    "log_with",
+    "device",
+    "cache_dataset",
+    "dataloader_num_workers",
+    "torch_compile",
+}
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+# Settings of earlier versions that are constants now.
+FIXED_SETTINGS = {"channels_last": True, "ema_power": 0.75}
+
+# Names of unfinished files and folders: those of `atomic_write`, and those of earlier versions.
+_UNFINISHED = re.compile(r"\..+\.(\d+(\.\w+)?|tmp)|train_config\.json\.tmp")
 
 
-def _claim_folder(folder: Path, described: dict[str, Any]) -> None:
-    """Make the run's folder, or see that what is in it is the run of this description.
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first. Each is complete."""
+    return sorted(output_dir.glob("checkpoint-*"), key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the number of optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Create the run's folder, or check that it holds the run with these settings, and write `train_config.json`.
+
+    Unfinished files of a killed run are removed.
 
     Raises:
-        ValueError: The folder holds something else than this run.
-        OSError: It cannot be written.
+        ValueError: The folder holds another run, or something else.
+        OSError: The folder cannot be written.
     """
-    described = json.loads(json.dumps(described, default=str))  # as it is read back: lists for tuples, texts for paths
+    settings = json.loads(
+        json.dumps(settings, default=str)
+    )  # as they are read back: tuples as lists, paths as strings
     config_file = folder / "train_config.json"
-    if _checkpoints(folder) and config_file.exists():
-        before = json.loads(config_file.read_text())
-        differing = [key for key in described if key not in _FREE_TO_CHANGE and described[key] != before.get(key)]
-        if differing:
-            key = differing[0]
+    if list_checkpoints(folder) and config_file.exists():
+        saved = FIXED_SETTINGS | json.loads(config_file.read_text(encoding="utf-8"))
+        current = FIXED_SETTINGS | settings
+        for key in current | saved:
+            if key in CHANGEABLE_SETTINGS or saved.get(key) == current.get(key):
+                continue
+            held = f"{folder} holds a run with {key}={saved.get(key)!r}"
+            if key in FIXED_SETTINGS:
+                raise ValueError(f"{held}, but this version always uses {current[key]!r}. Use another output_dir.")
             raise ValueError(
-                f"{folder} holds a run with {key}={before.get(key)!r}, not {described[key]!r}. Go on with the same "
-                "value, or use another output_dir."
+                f"{held}, not {current.get(key)!r}. Use the same value to resume it, or another output_dir to start "
+                "a new run."
             )
     elif folder.exists() and not config_file.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and holds no run of mini-ddpm. Use another output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "train_config.json.tmp"
-    temporary.write_text(json.dumps(described, indent=2) + "\n")
-    os.replace(temporary, config_file)
+    for path in (*folder.glob("*"), *folder.glob("*/.*")):
+        if _UNFINISHED.fullmatch(path.name):
+            remove(path)
+    with atomic_write(config_file) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _truncate_log(output_dir: Path, step: int) -> None:
-    """Drop the log lines of steps that will be taken again."""
+def truncate_log(output_dir: Path, step: int) -> None:
+    """Remove the lines of `train_log.jsonl` that belong to steps after `step`, which will be taken again."""
     log = output_dir / "train_log.jsonl"
-    if log.exists():
-        lines = []
-        for line in log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed run was writing
-                break
-            if entry["step"] <= step:
-                lines.append(line + "\n")
-        log.write_text("".join(lines))
+    if not log.exists():
+        return
+    lines = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # a killed run was writing this line
+            break
+        if entry["step"] <= step:
+            lines.append(line + "\n")
+    with atomic_write(log) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int, seconds: float) -> None:
-    """Write all state under a temporary name, then rename it: a checkpoint is whole or absent.
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, seconds: float, limit: int) -> None:
+    """Write the state of all processes to `checkpoint-STEP`, complete or not at all, and remove older checkpoints.
+
+    Args:
+        accelerator: Holds the state. Every process calls this.
+        output_dir: The folder of the run.
+        step: Optimizer steps so far.
+        seconds: Training time so far.
+        limit: How many checkpoints to keep.
 
     Raises:
-        OSError: It could not be written, for example because the disk is full. Earlier checkpoints are untouched.
+        OSError: The checkpoint cannot be written, for example because the disk is full. Earlier ones are kept.
     """
-    folder = config.output_dir / f"checkpoint-{step}"
-    temporary = config.output_dir / f".checkpoint-{step}.tmp"
-    with _clear_write_errors(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (temporary / "progress.json").write_text(json.dumps({"step": step, "seconds": round(seconds, 1)}) + "\n")
-            _flush_to_disk(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-            for old in _checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-                shutil.rmtree(old)
+    from accelerate.utils import broadcast_object_list
+
+    is_main = accelerator.is_main_process
+    with explain_write_errors(output_dir):
+        with contextlib.ExitStack() as stack:
+            folders = [output_dir]
+            if is_main:
+                folders = [stack.enter_context(atomic_write(output_dir / f"checkpoint-{step}", folder=True))]
+            (folder,) = broadcast_object_list(folders)  # every process writes to the main process's temporary folder
+            accelerator.save_state(str(folder))
+            accelerator.wait_for_everyone()
+            if is_main:
+                progress = {"step": step, "seconds": round(seconds, 1)}
+                (folder / "progress.json").write_text(json.dumps(progress) + "\n", encoding="utf-8")
+        for old in list_checkpoints(output_dir)[:-limit] if is_main else ():
+            remove(old)
 
 
-class _clear_write_errors:
-    """Turn the many ways in which writing `folder` fails into one `OSError` that says what is kept, and tidy up."""
+def save_pipeline(output_dir: Path, pipeline: Any) -> None:
+    """Write the pipeline to `output_dir`, file by file over the previous one, but without its `README.md`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        from safetensors import SafetensorError
-
-        # torch reports a failed write as RuntimeError, safetensors as its own.
-        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            kept = _checkpoints(self.folder.parent)
-            raise OSError(
-                f"Could not write {self.folder.parent} ({str(error).strip().splitlines()[0]}). Free some space or "
-                f"choose another output_dir, then run the same command. Last checkpoint: {kept[-1] if kept else None}."
-            ) from error
+    Raises:
+        OSError: A file cannot be written.
+    """
+    temporary_folder = output_dir / ".pipeline.tmp"
+    try:
+        with explain_write_errors(output_dir):
+            remove(temporary_folder)
+            pipeline.save_pretrained(temporary_folder)
+            (temporary_folder / "README.md").unlink()  # `hub.card.write_card` writes one that knows more
+            for file in sorted(path for path in temporary_folder.rglob("*") if path.is_file()):
+                with atomic_write(output_dir / file.relative_to(temporary_folder)) as temporary:
+                    file.replace(temporary)
+    finally:
+        remove(temporary_folder)
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """Make the files durable before the rename that puts them in place."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+@contextlib.contextmanager
+def explain_write_errors(output_dir: Path) -> Iterator[None]:
+    """Turn each error of a failed write into an `OSError` that says what to do and which checkpoint is kept."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError, safetensors its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        checkpoints = list_checkpoints(output_dir)
+        raise OSError(
+            f"Cannot write to {output_dir}: {reason}. Free some space or use another "
+            f"output_dir, then start again. Last checkpoint: {checkpoints[-1] if checkpoints else 'none'}."
+        ) from error

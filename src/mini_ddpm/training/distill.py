@@ -1,27 +1,25 @@
-"""Progressive distillation: the picture in half as many steps, and half of those again, down to one.
+"""Progressive distillation: halve the number of sampling steps, round after round, down to one.
 
-    z_t   = α_t x + σ_t ε                                          an image of the data, noised
-    z_t'' = the teacher's two DDIM steps from z_t, over t' to t''
-    x̃     = (z_t'' - (σ_t''/σ_t) z_t) / (α_t'' - (σ_t''/σ_t) α_t)    the x_0 that leads there in one step
+    z_t   = α_t x + σ_t ε                                          a noised image of the dataset
+    z_t'' = two DDIM steps of the teacher from z_t, over t' to t''
+    x̃     = (z_t'' - (σ_t''/σ_t) z_t) / (α_t'' - (σ_t''/σ_t) α_t)    the x_0 with which one step leads to z_t''
     L     = E [ max(α_t²/σ_t², 1) ||x̃ - x̂(z_t)||² ]                 the student's loss
 
-(Salimans & Ho, arXiv 2202.00512: algorithm 2, eq. 9, appendix G.) Here α_t² = ᾱ_t and σ_t² = 1 - ᾱ_t. The student
-starts as a copy of its teacher; at the end of a round it is the teacher of the next, of half as many steps. x̃ is a
-function of z_t, where the x of the data is not, so that one step can hit it: no blur of all images that z_t may have
-come from. Not in the papers: where the last step ends, what is nearly black or white in x̃ is moved beyond, see
+(arXiv 2202.00512, algorithm 2, eq. 9, appendix G.) Here α_t² = ᾱ_t and σ_t² = 1 - ᾱ_t. The student starts as a copy
+of its teacher, and teaches the next round, of half as many steps. x̃ is determined by z_t, while the image x is not:
+many images lead to the same z_t, and a one-step student trained on x would predict their blurred mean. Beyond the
+paper: in the student's last step, nearly black and nearly white pixels of x̃ are moved beyond the range, see
 [`saturate`].
 
-Guidance is distilled in (Meng et al., arXiv 2210.03142): the first teacher is a guided one, and no student needs a
-second evaluation. One scale, fixed: to embed it would take another input, and with it another network than the
-teacher's, that no pipeline of today would know how to call.
+Guidance is distilled too (arXiv 2210.03142): the first teacher is guided, so that students need no second evaluation.
+The scale is fixed. Conditioning on it would need a new network input, which existing pipelines could not supply.
 
-The loop, its checkpoints and its logs are [`train`]'s; a round is a training run with a teacher.
+A round is a training run with a teacher: the loop, the checkpoints and the log are those of [`train`].
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -31,85 +29,89 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from ..data import image_dataset
+from ..data import ImageDataset, image_dataset
 from ..hub.load import load_pipeline
-from ..options import find_device, resolve_guidance
+from ..options import find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from .checkpoints import checkpoint_step, list_checkpoints
 from .loss import compute_loss, saturate, saturated_ends
 from .train import TrainConfig, train
 
-FIRST_STEPS = 32  # of a teacher that was not distilled itself
+UNDISTILLED_TEACHER_STEPS = 32
+"""The steps of the first teacher by default, if it was not distilled itself."""
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Distil a pipeline into one that draws in fewer steps, halving them round by round.
+    """Distil a pipeline into one that samples in fewer steps, by halving them round after round.
 
-    Each round's student is a pipeline in OUTPUT_DIR/steps-N, which takes its N steps without being told. Interrupted
-    at any moment, the same command goes on from the last checkpoint.
+    Each round writes a complete pipeline to OUTPUT_DIR/steps-N, which samples in N steps by default. To resume an
+    interrupted distillation, give the same command again.
     """
 
     teacher: tyro.conf.Positional[str]
-    """The pipeline to distil: a name that ships with the package, a folder, or a repository on the Hub."""
+    """The pipeline to distil: a bundled name, a folder, or a repository on the Hub."""
     output_dir: Path = Path("runs/distilled")
-    """Where the rounds are written, in steps-16, steps-8, ..."""
+    """Folder for the rounds, in steps-16, steps-8, ..."""
     num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--to"])] = 4
     """Steps of the last student."""
     rounds: int | None = None
-    """How often the steps are halved. None: from 32 steps of the teacher, or from those that it was distilled to."""
+    """How often the steps are halved. Default: start from the teacher's own step count if it is distilled, else 32."""
     images_per_round: int = 60_000
-    """Images seen in a round; in those to two steps and to one, which are harder, twice as many."""
+    """Images seen per round; the rounds to two steps and to one are harder and see twice as many."""
     guidance_scale: float | None = None
-    """Classifier-free guidance to distil in; 1 for none. None: what the teacher takes by itself."""
+    """Classifier-free guidance to distil; 1: none. Default: the teacher's default scale."""
     guidance_interval: tuple[float, float] | None = None
-    """Distil guidance in only between these shares of the way from noise, 0, to image, 1. None: all the way."""
+    """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: every step."""
     saturate: bool = True
-    """Where images have areas of black or white, learn as quite so what the teacher draws nearly so. Else: mottled."""
+    """Push near-black and near-white target pixels past the range, so flat areas stay flat. Off: they come out
+    mottled. Has no effect on images without such areas."""
 
     dataset_name: str = "ylecun/mnist"
     """The images that the teacher was trained on: Hub id or folder."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str | None = None
-    """Column of the pictures. None: the first that holds images."""
+    """Column of the pictures. Default: the first that holds images."""
     label_column: str | None = None
-    """Column of the class indices. None: the first that holds class labels."""
+    """Column of the class indices. Default: the first that holds class labels."""
     resolution: int | None = None
-    """Crop to a square and resize to this many pixels, as in the teacher's training."""
+    """Crop pictures to a square and resize them to this many pixels, as in the teacher's training. Default: keep their
+    size."""
 
     train_batch_size: int = 64
     """Images per process and forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 4e-4
-    """Learning rate of AdamW at the start of a round; it falls to zero linearly."""
+    """Peak learning rate of AdamW in each round; it falls linearly to zero."""
     lr_warmup_steps: int = 20
     """Steps over which the learning rate rises from zero."""
     class_dropout_prob: float = 0.1
-    """Share of labels replaced by the null label, so that the student can still draw no class in particular."""
+    """Share of labels replaced by the null label, so that the student can still sample without a class."""
     ema_max_decay: float = 0.999
-    """Decay of the moving average of the weights; the average is what is saved, and teaches the next round."""
+    """Largest decay of the moving average of the weights, which is what is saved and teaches the next round."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train."""
+    """Where to train. Auto: cuda, else mps, else cpu."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Arithmetic of both networks. Auto: bf16 on GPUs that have it, else no. CPUs with AVX512-BF16 gain from bf16."""
+    """Precision of both networks. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
     torch_compile: bool = False
-    """Compile both networks: two minutes more at the start of each round, a third less afterwards."""
+    """Compile both networks: about two minutes to start each round, then a third less time per step."""
     seed: int = 0
     """Seed of everything random."""
     checkpointing_steps: int = 500
     """Optimizer steps between checkpoints."""
     log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Experiment tracker, beside train_log.jsonl, which is always written."""
+    """Experiment tracker. train_log.jsonl is always written too."""
     num_evaluation_images: int = 0
-    """Measure each student on so many images, as `mini-ddpm evaluate` does (it needs mini-ddpm[eval]). 0: do not."""
+    """Evaluate each student on this many images, as `mini-ddpm evaluate` does (needs mini-ddpm[eval]). 0: skip."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work.
 
         Raises:
-            ValueError: Names the field, its value and what is allowed.
+            ValueError: The message names the field, its value and what is allowed.
         """
         for name, least in (
             ("num_inference_steps", 1),
@@ -120,18 +122,27 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
-        self._round(self.teacher, 1, 0.0, False)  # which checks the rest
+        self.train_config(self.teacher, 1, 0.0, False)  # it checks the other fields
 
-    def _round(self, teacher: str, steps: int, saturation_margin: float, class_conditional: bool) -> TrainConfig:
-        """The training of the student of so many steps."""
+    def train_config(
+        self, teacher: str, num_inference_steps: int, saturation_margin: float, class_conditional: bool
+    ) -> TrainConfig:
+        """Return the configuration of one round.
+
+        Args:
+            teacher: The pipeline that teaches the round.
+            num_inference_steps: The student's number of steps.
+            saturation_margin: The margin that the teacher was trained with.
+            class_conditional: Whether the teacher knows classes.
+        """
         names = {field.name for field in dataclasses.fields(TrainConfig)}
-        shared = {name: value for name, value in vars(self).items() if name in names}
-        images = self.images_per_round * (2 if steps <= 2 else 1)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        step_size = max(1, self.train_batch_size * self.gradient_accumulation_steps * processes)
-        shared["output_dir"] = self.output_dir / f"steps-{steps}"
+        shared = {name: value for name, value in vars(self).items() if name in names - {"output_dir"}}
+        images = self.images_per_round * (2 if num_inference_steps <= 2 else 1)
+        _, world_size = process_rank()
+        step_size = max(1, self.train_batch_size * self.gradient_accumulation_steps * world_size)
         return TrainConfig(
             **shared,
+            output_dir=self.output_dir / f"steps-{num_inference_steps}",
             pretrained_model_name_or_path=teacher,
             class_conditional=class_conditional,
             saturation_margin=saturation_margin,
@@ -141,18 +152,20 @@ class DistillConfig:
 
 
 class DDIMTeacher:
-    """Two DDIM steps of a pipeline as the target of a student's one (2202.00512, algorithm 2).
+    """The teacher of one round: two of its DDIM steps are the target of one step of the student.
+
+    This is algorithm 2 of arXiv 2202.00512.
 
     Args:
         pipe: The teacher; it is put into evaluation mode, and its weights are frozen.
         num_inference_steps: N, the student's steps; the teacher takes 2N.
         guidance_scale: s > 1 guides the teacher's class-conditional predictions.
-        guidance_interval: At which of its steps: i of 2N with start <= i/2N < end.
-        saturation: How far beyond black and white what is nearly so is moved, and whether each is; see `saturate`.
+        guidance_interval: Guide step i of 2N if start <= i/2N < end.
+        saturation: The arguments `margin`, `black`, `white` of `saturate`.
 
     Raises:
-        ValueError: The teacher predicts noise, the student's timesteps are not among the teacher's, or none of its
-            steps is in the interval.
+        ValueError: The teacher predicts noise, the student's timesteps are not among the teacher's, or none of the
+            teacher's steps is in the interval.
     """
 
     # With `max(SNR, 1)` the loss is that of x_0, and does not vanish where z_t is all noise (eq. 9).
@@ -169,51 +182,54 @@ class DDIMTeacher:
         scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
         if scheduler.config.prediction_type == "epsilon":
             raise ValueError(
-                "The teacher predicts the noise, from which no x_0 follows where all is noise, as it is where a"
-                " student of few steps begins. Distil one trained with --prediction-type v_prediction or sample."
+                "prediction_type='epsilon' cannot be distilled: at the first step, where z_t is all noise, a predicted"
+                " noise determines no x_0. Use a teacher trained with prediction_type 'v_prediction' or 'sample'."
             )
-        student = MiniDDIMScheduler.from_config(scheduler.config)
-        scheduler.set_timesteps(2 * num_inference_steps)
-        student.set_timesteps(num_inference_steps)
-        every_t = torch.arange(student.config.num_train_timesteps)
-        between, end = scheduler.previous_timestep(every_t), student.previous_timestep(every_t)
-        here = student.timesteps
-        if not torch.equal(scheduler.previous_timestep(between[here]), end[here]):
+        student_scheduler = MiniDDIMScheduler.from_config(scheduler.config)
+        teacher_steps = 2 * num_inference_steps
+        scheduler.set_timesteps(teacher_steps)
+        student_scheduler.set_timesteps(num_inference_steps)
+        self.timesteps = student_scheduler.timesteps
+        # By t: t', where the teacher's first step ends, and t'', where its second step and the student's one step end.
+        every_t = torch.arange(student_scheduler.config.num_train_timesteps)
+        middle, end = scheduler.previous_timestep(every_t), student_scheduler.previous_timestep(every_t)
+        if not torch.equal(scheduler.previous_timestep(middle[self.timesteps]), end[self.timesteps]):
             raise ValueError(
-                f"Of the {num_inference_steps} timesteps not all are among the {2 * num_inference_steps} with"
-                f" timestep_spacing={scheduler.config.timestep_spacing!r}. Distil with 'trailing', where they are."
+                f"timestep_spacing={scheduler.config.timestep_spacing!r}: the {num_inference_steps} timesteps of the "
+                f"student are not all among the {teacher_steps} of the teacher. Use a teacher with "
+                "timestep_spacing='trailing', where they are."
+            )
+        shares = torch.arange(teacher_steps).double() / teacher_steps
+        self._is_guided = torch.zeros(len(every_t), dtype=torch.bool)  # by t
+        self._is_guided[scheduler.timesteps] = (shares >= guidance_interval[0]) & (shares < guidance_interval[1])
+        if not self._is_guided.any():
+            raise ValueError(
+                f"guidance_interval={guidance_interval}: none of the {teacher_steps} steps i has start <= "
+                f"i/{teacher_steps} < end. Use a wider interval, such as 0.35 0.6."
             )
         self.unet, self.scheduler = pipe.unet.eval().requires_grad_(False), scheduler
         self.guidance_scale = guidance_scale
-        self.timesteps = here
-        self.described: dict[str, Any] = {
+        self.run_settings: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
         }
-        self.defaults: dict[str, Any] = {"default_num_inference_steps": num_inference_steps}
+        self.pipeline_defaults: dict[str, Any] = {"default_num_inference_steps": num_inference_steps}
         if self.unet.config.num_class_embeds is not None:
-            self.defaults["default_guidance_scale"] = 1.0
+            self.pipeline_defaults["default_guidance_scale"] = 1.0
 
-        alphas_cumprod = student.alphas_cumprod.double()
-        at_end = torch.where(end < 0, student.final_alpha_cumprod.double(), alphas_cumprod[end.clamp(min=0)])
-        self._between, self._saturation = between, saturation
-        position = torch.arange(2 * num_inference_steps).double() / (2 * num_inference_steps)
-        self._guided = torch.zeros(len(every_t), dtype=torch.bool)  # by t
-        self._guided[scheduler.timesteps] = (position >= guidance_interval[0]) & (position < guidance_interval[1])
-        if not self._guided.any():
-            raise ValueError(
-                f"guidance_interval={guidance_interval}: none of {2 * num_inference_steps} steps i has start <= "
-                f"i/{2 * num_inference_steps} < end. Give two shares of the way, such as 0.35 0.6."
-            )
+        self._middle, self._saturation = middle, saturation
+        alphas_cumprod = student_scheduler.alphas_cumprod.double()
+        final_alpha_cumprod = student_scheduler.final_alpha_cumprod.double()
+        at_end = torch.where(end < 0, final_alpha_cumprod, alphas_cumprod[end.clamp(min=0)])
         # α_t, σ_t, α_t'', σ_t'' by t
-        self._levels = torch.stack([x.sqrt() for x in (alphas_cumprod, 1 - alphas_cumprod, at_end, 1 - at_end)])
+        self._coefficients = torch.stack([x.sqrt() for x in (alphas_cumprod, 1 - alphas_cumprod, at_end, 1 - at_end)])
 
     def prepare(self, device: torch.device, compiled: bool) -> None:
-        """Move to `device`, and compile the network if asked to."""
+        """Move to `device`, and compile the network if `compiled`."""
         self.unet = self.unet.to(device=device, memory_format=torch.channels_last)
-        self._between, self._levels = self._between.to(device), self._levels.float().to(device)
-        self._guided = self._guided.to(device)
+        self._middle, self._coefficients = self._middle.to(device), self._coefficients.float().to(device)
+        self._is_guided = self._is_guided.to(device)
         if compiled:
             self.unet.compile()
 
@@ -226,28 +242,28 @@ class DDIMTeacher:
         Args:
             images: x, (B, C, H, W).
             noise: ε, (B, C, H, W).
-            timesteps: t, (B,), out of `timesteps`.
+            timesteps: t, (B,), out of `self.timesteps`.
             class_labels: y, (B,), or `None`.
         """
-        alpha, sigma, alpha_end, sigma_end = self._levels[:, timesteps, None, None, None]  # (B, 1, 1, 1) each
+        alpha, sigma, alpha_end, sigma_end = self._coefficients[:, timesteps, None, None, None]  # (B, 1, 1, 1) each
         sample = self.scheduler.add_noise(images, noise, timesteps)
         middle = self._step(sample, timesteps, class_labels)
-        end = self._step(middle, self._between[timesteps], class_labels)
+        end = self._step(middle, self._middle[timesteps], class_labels)
         ratio = sigma_end / sigma
         target = (end - ratio * sample) / (alpha_end - ratio * alpha)
-        last = (timesteps == self.timesteps[-1])[:, None, None, None]  # the student's step that ends at the image
-        target = torch.where(last, saturate(target, *self._saturation), target)
+        is_last = (timesteps == self.timesteps[-1])[:, None, None, None]  # the student's step that ends at the image
+        target = torch.where(is_last, saturate(target, *self._saturation), target)
         return target, (sample - alpha * target) / sigma
 
     def _step(self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """One DDIM step of the teacher as its pipeline takes it: guided, x̂_0 clipped, the noise what that leaves."""
+        """Take one DDIM step of the teacher as its pipeline does: guided, x̂_0 clipped, ε recomputed from x̂_0."""
         if class_labels is not None and self.guidance_scale > 1:
             null_labels = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
             labels = torch.cat([class_labels, null_labels])
             output = self.unet(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), labels).sample
             cond, uncond = output.float().chunk(2)
-            guided = self._guided[timesteps][:, None, None, None]
-            output = torch.where(guided, uncond + self.guidance_scale * (cond - uncond), cond)
+            is_guided = self._is_guided[timesteps][:, None, None, None]
+            output = torch.where(is_guided, uncond + self.guidance_scale * (cond - uncond), cond)
         else:
             output = self.unet(sample, timesteps, class_labels).sample.float()
         stepped = self.scheduler.step(output, timesteps, sample.float(), use_clipped_model_output=True)
@@ -256,119 +272,148 @@ class DDIMTeacher:
 
 
 def distill(config: DistillConfig) -> list[Path]:
-    """Distil a pipeline round by round, or go on with it.
+    """Distil a pipeline round by round, or resume its distillation.
 
     Under `accelerate launch` every process calls this.
 
     Args:
-        config: Which pipeline, to how many steps, and how.
+        config: The pipeline, the number of steps, and the settings of the rounds.
 
     Returns:
-        The pipeline folder of each round, `output_dir/steps-N`, N falling.
+        The pipeline folder of each round, `output_dir/steps-N`, with N decreasing.
 
     Raises:
-        ValueError: The teacher cannot be distilled, or not to so many steps; a folder holds another run.
-        FloatingPointError: The loss became NaN or infinite.
+        ValueError: The teacher cannot be distilled, or not to this number of steps, or a folder holds another run.
+        FloatingPointError: The loss or the weights became NaN or infinite.
         OSError: Something cannot be read or written.
     """
     config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
     pipe: Any = load_pipeline(config.teacher)
-    conditional = pipe.unet.config.num_class_embeds is not None
     guidance: dict[str, Any] = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
     guidance |= resolve_guidance(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
-    counts = _step_counts(config, pipe)
+    step_counts = _step_counts(config, pipe)
     dataset = image_dataset(
         config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
     )
-    theirs, classes = dataset.id2label or {}, pipe.config.get("id2label")
-    known = pipe.unet.config.num_class_embeds - 1 if conditional else 0  # the last label is the null label
-    if conditional and (len(theirs) != known or (classes or theirs) != theirs):
-        raise ValueError(
-            f"The classes of {config.dataset_name!r} ({', '.join(theirs.values()) or 'none'}) are not those that "
-            f"{config.teacher} knows ({', '.join((classes or {}).values()) or known}). Distil on its own images."
-        )
-    # The margin that the teacher learned saturated pixels with, see `beyond_saturation`.
+    class_conditional = pipe.unet.config.num_class_embeds is not None
+    if class_conditional:
+        _check_classes(config, pipe, dataset)
+    # The margin beyond [-1, 1] that the teacher was trained with, see `beyond_saturation`.
     margin = round(pipe.scheduler.config.clip_sample_range - 1, 6) if pipe.scheduler.config.clip_sample else 0.0
     margin = min(max(margin, 0.0), 1.0)
-    trainings = [config._round(config.teacher, steps, margin, conditional) for steps in counts]
-    # MNIST's white is 251 to 255, of 7 % of its pixels.
-    first = {**guidance, "saturation": (margin * config.saturate, *saturated_ends(dataset, 5, 0.05))}
+    rounds = [config.train_config(config.teacher, steps, margin, class_conditional) for steps in step_counts]
+    # MNIST's white is 251 to 255, in 7 % of its pixels.
+    saturation = (margin * config.saturate, *saturated_ends(dataset, tolerance=5, share=0.05))
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
-        teaching = DDIMTeacher(load_pipeline(config.teacher), counts[0], **guidance)
-        seconds = _estimate(config, pipe.unet, teaching, trainings)
+    rank, _ = process_rank()
+    if rank == 0:
+        first_teacher = DDIMTeacher(load_pipeline(config.teacher), step_counts[0], **guidance)
+        minutes = _estimate(config, pipe.unet, first_teacher, rounds) / 60
         print(
-            f"{config.teacher}: {2 * counts[0]} steps to {', '.join(map(str, counts))}; about "
-            f"{seconds / 60:.0f} minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
+            f"{config.teacher}: {2 * step_counts[0]} steps to {', '.join(map(str, step_counts))}; about {minutes:.0f} "
+            f"minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
             file=sys.stderr,
         )
-    teacher = config.teacher
-    for steps, training in zip(counts, trainings, strict=True):
-        training = dataclasses.replace(training, pretrained_model_name_or_path=teacher)
-        # The students have the guidance in them, and the ends.
-        two_steps = DDIMTeacher(load_pipeline(teacher), steps, **(first if teacher == config.teacher else {}))
-        two_steps.described |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
-        folder = train(training, two_steps)
-        if is_main and config.num_evaluation_images:
-            _measure(config, folder)
-        teacher = str(folder)
-    return [training.output_dir for training in trainings]
+    teacher_name = config.teacher
+    for steps, train_config in zip(step_counts, rounds, strict=True):
+        train_config = dataclasses.replace(train_config, pretrained_model_name_or_path=teacher_name)
+        # Only the first teacher is guided and saturated; its students have learned both.
+        options = {**guidance, "saturation": saturation} if teacher_name == config.teacher else {}
+        teacher = DDIMTeacher(load_pipeline(teacher_name), steps, **options)
+        teacher.run_settings |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
+        folder = train(train_config, teacher)
+        if rank == 0 and config.num_evaluation_images:
+            _evaluate(config, folder)
+        teacher_name = str(folder)
+    return [train_config.output_dir for train_config in rounds]
 
 
 def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
-    """The steps of each round's student.
+    """Return the steps of each round's student.
 
     Raises:
-        ValueError: Halving the teacher's steps does not lead there.
+        ValueError: Halving the teacher's steps does not lead to `num_inference_steps`.
     """
-    last, total = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
-    own = pipe.config.get("default_num_inference_steps")  # of a distilled teacher, which takes no other number
-    rounds = config.rounds or max(1, ((own or min(FIRST_STEPS, total)) // last).bit_length() - 1)
-    if own is not None and last * 2**rounds != own:
+    last, num_train_timesteps = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
+    # A distilled teacher samples in its own number of steps only.
+    own = pipe.config.get("default_num_inference_steps")
+    first = own or min(UNDISTILLED_TEACHER_STEPS, num_train_timesteps)
+    rounds = config.rounds or max(1, (first // last).bit_length() - 1)
+    start = last * 2**rounds
+    if own is not None and start != own:
         allowed = [own >> i for i in range(1, own.bit_length()) if own % 2**i == 0]
         raise ValueError(
-            f"{config.teacher} takes {own} steps; {rounds} halvings of {last * 2**rounds} lead to {last}. "
-            + (f"Choose --to of {', '.join(map(str, allowed))}." if allowed else "It cannot be halved.")
+            f"num_inference_steps={last} with rounds={rounds} needs a teacher of {start} steps, but {config.teacher} "
+            f"samples in {own}. "
+            + (f"Use num_inference_steps of {', '.join(map(str, allowed))}." if allowed else "It cannot be halved.")
         )
-    if last * 2**rounds > total:
-        raise ValueError(f"{rounds} rounds to {last} steps start at {last * 2**rounds}, more than its {total} levels.")
+    if start > num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps={last} with rounds={rounds} needs a teacher of {start} steps, but {config.teacher} "
+            f"has {num_train_timesteps} noise levels. Use fewer rounds."
+        )
     return [last * 2**i for i in reversed(range(rounds))]
 
 
-def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, trainings: list[TrainConfig]) -> float:
-    """About how many seconds are left of the rounds, from small batches of the first two, without compilation."""
+def _check_classes(config: DistillConfig, pipe: Any, dataset: ImageDataset) -> None:
+    """Refuse a dataset whose classes are not the teacher's.
+
+    Raises:
+        ValueError: The classes differ in number or, if the pipeline names its classes, in name.
+    """
+    num_classes = pipe.unet.config.num_class_embeds - 1  # the last label is the null label
+    dataset_classes, teacher_classes = dataset.id2label or {}, pipe.config.get("id2label") or {}
+    if len(dataset_classes) != num_classes or (teacher_classes and teacher_classes != dataset_classes):
+        raise ValueError(
+            f"The classes of {config.dataset_name!r} ({', '.join(dataset_classes.values()) or 'none'}) are not those "
+            f"of {config.teacher} ({', '.join(teacher_classes.values()) or num_classes}). Use the images that it was "
+            "trained on."
+        )
+
+
+def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, rounds: list[TrainConfig]) -> float:
+    """Return about how many seconds the rest of the rounds takes, without compilation.
+
+    Small batches of the first two rounds are timed. All later rounds are like the second: their teachers are not
+    guided. Both networks are changed; they are of no use afterwards.
+
+    Args:
+        config: The settings of the distillation.
+        student: The student's network.
+        teacher: The first teacher.
+        rounds: The configuration of each round.
+    """
     device = find_device(config.device)
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
-    cast = on_gpu if config.mixed_precision == "auto" else config.mixed_precision != "no"
+    precision = resolve_precision(config.mixed_precision, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     student = student.to(device, memory_format=torch.channels_last).train()
     teacher.prepare(device, compiled=False)
-    size = student.config.sample_size
-    shape = (16, student.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    labels = None if student.config.num_class_embeds is None else torch.zeros(16, dtype=torch.long, device=device)
-    timesteps = teacher.timesteps.to(device).repeat(16)[:16]
-    total = 0.0
-    for index, training in enumerate(trainings):
-        if index < 2:  # all rounds after the first are alike: their teachers need no guidance
-            if index == 1:
-                teacher.guidance_scale = 1.0
-            for _ in range(2):  # the first warms up
-                started = time.perf_counter()
-                images, noise = torch.randn(2, *shape, device=device)
-                with torch.autocast(device.type, dtype, enabled=cast):
-                    images, noise = teacher(images.clamp(-1, 1), noise, timesteps, labels)
-                    loss = compute_loss(student, teacher.scheduler, images, noise, timesteps, labels)
-                loss.backward()  # type: ignore[no-untyped-call]
-                float(loss.detach())  # waits for the device
-                seconds = time.perf_counter() - started
-        checkpoints = [int(path.name.split("-")[1]) for path in training.output_dir.glob("checkpoint-*")]
-        total += seconds / 16 * ((training.max_train_steps or 0) - max(checkpoints, default=0))
+    batch_size, size = 16, student.config.sample_size
+    shape = (batch_size, student.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    class_labels = None
+    if student.config.num_class_embeds is not None:
+        class_labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    timesteps = teacher.timesteps.to(device).repeat(batch_size)[:batch_size]
+    total = seconds_per_image = 0.0
+    for index, train_config in enumerate(rounds):
+        if index == 1:
+            teacher.guidance_scale = 1.0
+        for _ in range(2 if index < 2 else 0):  # the first batch warms up
+            started = time.perf_counter()
+            images, noise = torch.randn(2, *shape, device=device)
+            with torch.autocast(device.type, dtype, enabled=precision != "no"):
+                images, noise = teacher(images.clamp(-1, 1), noise, timesteps, class_labels)
+                loss = compute_loss(student, teacher.scheduler, images, noise, timesteps, class_labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            float(loss.detach())  # waits for the device
+            seconds_per_image = (time.perf_counter() - started) / batch_size
+        steps_done = max(map(checkpoint_step, list_checkpoints(train_config.output_dir)), default=0)
+        total += seconds_per_image * ((train_config.max_train_steps or 0) - steps_done)
     return total * config.train_batch_size * config.gradient_accumulation_steps
 
 
-def _measure(config: DistillConfig, folder: Path) -> None:
-    """Evaluate a round's student; its figures go into its folder and its card."""
+def _evaluate(config: DistillConfig, folder: Path) -> None:
+    """Evaluate a round's student; the results go into its folder and its model card."""
     from ..evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
 
     rows = evaluate(

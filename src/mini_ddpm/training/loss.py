@@ -1,8 +1,6 @@
-"""The training loss, and the saturated ends of the data range."""
+"""The training loss, and how it treats pixels at the ends of the range: pure black and pure white."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +9,6 @@ from torch import nn
 
 from ..data import ImageDataset
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
-
-if TYPE_CHECKING:
-    pass
 
 
 def compute_loss(
@@ -26,11 +21,12 @@ def compute_loss(
     snr_gamma: float | None = None,
     snr_floor: float | None = None,
 ) -> torch.Tensor:
-    """The training loss of one batch (DDPM, eq. 14; min-SNR weights: arXiv 2303.09556, section 3.4).
+    """Return the training loss of one batch (arXiv 2006.11239, eq. 14; SNR weights: arXiv 2303.09556, section 3.4).
 
-    `mean_i w(t_i) · mean_pixels (target_i - prediction_i)²`, with `w = 1`, or for `snr_gamma = γ` and
-    `SNR = ᾱ/(1-ᾱ)`: `min(SNR, γ)` for x_0, `min(SNR, γ)/SNR` for ε, `min(SNR, γ)/(SNR + 1)` for v. With `snr_floor`
-    in place of `snr_gamma` the same with max: 1 makes it the truncated SNR of 2202.00512, eq. 9.
+    `mean_i w(t_i) · mean_pixels (target_i - prediction_i)²`. By default `w = 1`. With `snr_gamma` or `snr_floor`, the
+    signal-to-noise ratio `SNR = ᾱ/(1-ᾱ)` is clamped to `[snr_floor, snr_gamma]`, and `w` is the clamped SNR for x_0,
+    clamped SNR / SNR for ε, clamped SNR / (SNR + 1) for v. `snr_gamma` alone gives min-SNR weights; `snr_floor=1`
+    alone gives the truncated SNR of arXiv 2202.00512, eq. 9.
 
     Args:
         unet: The network, called as `unet(x_t, t, class_labels).sample`.
@@ -39,14 +35,14 @@ def compute_loss(
         noise: ε, (B, C, H, W), standard normal.
         timesteps: t, (B,) int64 in [0, num_train_timesteps).
         class_labels: y, (B,) int64, or `None`.
-        snr_gamma: γ > 0, which SNR is limited to from above, or `None`.
-        snr_floor: What SNR is limited to from below, or `None`.
+        snr_gamma: γ > 0, the upper limit of the SNR, or `None`.
+        snr_floor: The lower limit of the SNR, or `None`.
 
     Returns:
         A scalar in float32.
 
     Raises:
-        ValueError: The network's output has another shape than the target (a learned variance has no loss here).
+        ValueError: The network's output and the target differ in shape (a learned variance is not supported).
     """
     noisy_images = scheduler.add_noise(images, noise, timesteps)
     prediction_type = scheduler.config.prediction_type
@@ -59,7 +55,10 @@ def compute_loss(
 
     prediction = unet(noisy_images, timesteps, class_labels).sample
     if prediction.shape != target.shape:
-        raise ValueError(f"The network predicts {tuple(prediction.shape)}, the target is {tuple(target.shape)}.")
+        raise ValueError(
+            f"The network predicts {tuple(prediction.shape)}, but the target is {tuple(target.shape)}. Use a network "
+            "whose out_channels equal the channels of the images."
+        )
     losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
     if snr_gamma is not None or snr_floor is not None:
         alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
@@ -70,17 +69,17 @@ def compute_loss(
 
 
 def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
-    """Move pixels that are all black, or all white, beyond the range that images are clamped to in the end.
+    """Move pure black and pure white pixels of real images beyond [-1, 1], the range that samples are clamped to.
 
-    A byte of 0 says that a pixel is as dark as can be shown, or darker. Learned as exactly -1 it comes out as -1 ± the
-    network's error, half of that above -1: a faint grey that the eye does not see, but every measure does. Learned as
-    -1 - margin it comes out below -1, and is clamped to black.
+    A byte of 0 means "as dark as can be shown, or darker". A network that learns exactly -1 predicts -1 ± its error,
+    and the half of it above -1 is a faint grey: invisible, but every metric counts it. A network that learns
+    -1 - margin predicts values below -1, which are clamped to black.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        margin: How far beyond; a few times the network's error.
-        black: Whether to move what is -1 to -1 - margin.
-        white: Whether to move what is 1 to 1 + margin.
+        margin: The distance beyond the range; a few times the network's error.
+        black: Whether to move -1 to -1 - margin.
+        white: Whether to move 1 to 1 + margin.
 
     Returns:
         (B, C, H, W) in [-1 - margin, 1 + margin].
@@ -93,36 +92,38 @@ def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: b
 
 
 def saturated_ends(dataset: ImageDataset, tolerance: int = 0, share: float = 0.1) -> tuple[bool, bool]:
-    """Whether so large a share of the pixels, of up to a thousand pictures, is all black, and all white.
+    """Return whether at least `share` of the pixels are pure black, and whether at least `share` are pure white.
+
+    At most 1,000 pictures are read, evenly spread over the dataset.
 
     Args:
         dataset: The images.
-        tolerance: How many bytes a level may be from 0, or from 255, to be counted.
-        share: Of all pixels, in [0, 1].
+        tolerance: Bytes up to `tolerance` count as black, bytes from `255 - tolerance` as white.
+        share: A share of all pixels, in [0, 1].
     """
     pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
     return bool((pixels <= tolerance).mean() >= share), bool((pixels >= 255 - tolerance).mean() >= share)
 
 
 def saturate(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
-    """Move what is nearly black, and nearly white, beyond the range that images are clamped to in the end.
+    """Move nearly black and nearly white pixels of predicted images beyond [-1, 1], the range of samples.
 
-    The strokes of MNIST are of one level from edge to edge, 253 of 255. A student of few steps errs by more than its
-    teacher did, and strokes that it learned at that level come out mottled. Learned beyond white they come out white,
-    as black does by [`beyond_saturation`]; here it is a network's images that are moved, whose ends are not exact:
-    those up to 0.9 of the way from grey stay, those from 0.96 are moved all the way.
+    MNIST's strokes are one flat level, 253 of 255. A few-step student errs more than its teacher, so strokes that it
+    learns at that level come out mottled; learned beyond white, they are clamped to a flat white. This is
+    [`beyond_saturation`] for images that a network predicts, which never reach the ends exactly: values up to 0.9
+    (absolute) stay, values from 0.96 move by the whole margin, and values in between move by a part of it.
 
     Args:
         images: (B, C, H, W) in [-1 - margin, 1 + margin].
-        margin: How far beyond; a few times the student's error.
-        black: Whether to move what is nearly black.
-        white: Whether to move what is nearly white.
+        margin: The distance beyond the range; a few times the student's error.
+        black: Whether to move nearly black pixels.
+        white: Whether to move nearly white pixels.
 
     Returns:
-        (B, C, H, W) in [-1 - margin, 1 + margin]; `images` if neither end is to be moved.
+        (B, C, H, W) in [-1 - margin, 1 + margin]; `images` itself if nothing is to be moved.
     """
     if not (margin and (black or white)):
         return images
-    nearly = margin * ((images.abs() - 0.9) / 0.06).clamp(0, 1)
-    below, above = nearly * (images < 0) * black, nearly * (images > 0) * white
+    shift = margin * ((images.abs() - 0.9) / 0.06).clamp(0, 1)
+    below, above = shift * (images < 0) * black, shift * (images > 0) * white
     return (images + above - below).clamp(-1 - margin, 1 + margin)
