@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny networks, a Hub on loopback, and fresh processes to drive it with the real client."""
+"""Shared fixtures: tiny networks, a Hub on loopback, and fresh processes that run the real client against it."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ READ_TOKEN = "hf_readonly"
 
 @pytest.fixture(scope="session")
 def tiny_unet():
-    """Makes networks of a few thousand parameters, none of them zero, so that every part of them shows in an image."""
+    """Make networks of a few thousand parameters. No parameter is zero, so that each one affects the image."""
 
     def make(**overrides):
         torch.manual_seed(0)
@@ -64,17 +64,17 @@ def is_lfs(path):
 
 
 def oid(path, content):
-    """What the Hub calls a file by: its SHA-256 in large file storage, else its git blob."""
+    """Return the hash by which the Hub names a file: SHA-256 in large file storage, else that of its git blob."""
     return hashlib.sha256(content).hexdigest() if is_lfs(path) else git_oid(content)
 
 
 class LoopbackHub:
-    """The part of the Hub's protocol that uploading and downloading a model uses, in memory.
+    """A Hub in memory, with the part of the protocol that uploads and downloads of a model use.
 
-    `files(repo)` are the files at a revision. A token `TOKEN` may write to what is `user`'s and open pull requests
-    elsewhere, `READ_TOKEN` may read. `fail("PUT /lfs/", status=403)` makes requests whose "method path" begins so
-    fail; `damage="truncate"` or `"flip"` spoils the body of their answers, `times` limits how often. Processes use
-    `POST /_fail`.
+    `files(repo)` returns the files at a revision. The token `TOKEN` can write to repositories of `user` and open pull
+    requests in others; `READ_TOKEN` can only read. `fail("PUT /lfs/", status=403)` fails all requests whose
+    "METHOD /path" starts so. `damage="truncate"` or `"flip"` corrupts the body of the answers instead, and `times` is
+    the number of requests affected (default: all). Other processes call it with `POST /_fail`.
     """
 
     def __init__(self):
@@ -142,7 +142,7 @@ class LoopbackHub:
         return failure["how"]
 
     def commit(self, repo_id, files, ref="main"):
-        """Sets the files of a reference, as a commit whose id is a hash of them."""
+        """Set the files of a reference. The commit is named by their hash, which is returned."""
         repo = self.repos.setdefault(repo_id, {"private": False, "refs": {}, "commits": {}})
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         repo["commits"][sha] = dict(files)
@@ -154,7 +154,7 @@ class LoopbackHub:
         return repo["commits"][repo["refs"].get(ref, ref)]
 
     def answer(self, method, path, query, body, headers):
-        if path.startswith("/lfs/"):  # storage elsewhere: what it was told to take, it takes
+        if path.startswith("/lfs/"):  # the storage service takes any upload
             self.lfs[path.removeprefix("/lfs/")] = body
             return 200, {}
         if path == "/api/validate-yaml":
@@ -257,10 +257,11 @@ def loopback_hub():
 
 @pytest.fixture(scope="session")
 def fresh_process(loopback_hub, tmp_path_factory):
-    """Runs Python code in a process of its own, with an empty cache, against the loopback Hub.
+    """Run Python code in a process of its own, with an empty cache, against the loopback Hub.
 
-    `package=False` makes `import mini_ddpm` impossible there. `home` names a directory to share caches by, `python` an
-    interpreter. Returns the code's printed last line, as JSON, in `.result`, with `.stdout` and `.stderr`.
+    With `package=False` the process cannot import `mini_ddpm`. Processes with the same directory `home` share a cache.
+    `python` is the interpreter. Returns the last line that the code prints, parsed as JSON, in `.result`, and the
+    output in `.stdout` and `.stderr`.
     """
 
     def run(code, package=True, home=None, token=TOKEN, python=sys.executable, **environment):
@@ -287,7 +288,7 @@ def fresh_process(loopback_hub, tmp_path_factory):
 
 @pytest.fixture
 def two_processes():
-    """Arguments of Python that run a module in two processes, which find each other at a free port."""
+    """Arguments for Python that run a module in two processes, connected through a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -297,12 +298,12 @@ def two_processes():
 
 @pytest.fixture(scope="session")
 def benchmark():
-    """Imports a script of benchmarks/ by name."""
+    """Import a script of benchmarks/ by name."""
 
     def load(name):
         file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
         spec = importlib.util.spec_from_file_location(name, file)
-        # Registered, as dataclasses look up the module of their annotations.
+        # Registered, because dataclasses look up the module of their annotations.
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

@@ -1,1 +1,1 @@
-"""Opening, describing and publishing pipelines."""
+"""Open, describe and publish pipelines."""

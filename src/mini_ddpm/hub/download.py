@@ -1,4 +1,4 @@
-"""Downloading pipelines from the Hub, and comparing the cache with its checksums."""
+"""Download pipelines from the Hub, and compare the cache with the Hub's checksums."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import (
-    HfApi,
-)
-from huggingface_hub.errors import (
-    HFValidationError,
-)
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 
-from .errors import _plain_words
+from .errors import explain_hub_errors
 
-_download = DiffusionPipeline.download.__func__
+_download_of_diffusers = DiffusionPipeline.download.__func__
 
 
 def download(cls: type[DiffusionPipeline], /, pretrained_model_name: str | Path, **kwargs: Any) -> Any:
-    """Downloads a pipeline as `cls.download` of diffusers does, but fails in plain words."""
-    with _plain_words(str(pretrained_model_name), kwargs.get("revision"), "Cannot download {} from the Hub: {}"):
-        return _download(cls, pretrained_model_name, **kwargs)
+    """Download a pipeline with diffusers' `cls.download`, and replace its errors by one-line messages.
 
-
-def _damaged(folder: Path) -> list[str]:
-    """Removes from the cache, and names, the files of a snapshot that are not what the Hub announced.
-
-    The client compares sizes, not contents. But it names a cached file by the hash that the Hub announced for it:
-    SHA-256 for large files, that of a git blob for the others. Where the cache has no links this finds nothing.
+    Raises:
+        OSError: The download failed. The message says why, and what to do.
     """
-    damaged = []
-    for link in sorted(path for path in folder.rglob("*") if path.is_symlink() and path.exists()):
+    failed = "The download of {} from the Hub failed: {}."
+    with explain_hub_errors(str(pretrained_model_name), kwargs.get("revision"), failed):
+        return _download_of_diffusers(cls, pretrained_model_name, **kwargs)
+
+
+def remove_corrupt_files(snapshot: Path) -> list[str]:
+    """Delete the corrupt files of a snapshot from the Hub's cache, and return their names.
+
+    The client compares sizes, not contents. But it names each cached file after the hash that the Hub announced:
+    SHA-256 for large files, that of a git blob for the others. A cache without symbolic links has no such names, and
+    nothing is checked there.
+    """
+    corrupt = []
+    for link in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.exists()):
         blob, content = link.resolve(), link.read_bytes()
         if len(blob.name) == 64:
             digest = hashlib.sha256(content).hexdigest()
@@ -41,40 +43,40 @@ def _damaged(folder: Path) -> list[str]:
         else:
             continue
         if digest != blob.name:
-            damaged.append(link.relative_to(folder).as_posix())
+            corrupt.append(link.relative_to(snapshot).as_posix())
             link.unlink()
             blob.unlink()
-    return damaged
+    return corrupt
 
 
 def verify(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[str, int]:
-    """Compares what the cache holds of a repository with the Hub's checksums; what differs is removed from the cache.
+    """Compare the cached files of a repository with the Hub's checksums. Delete those that differ from the cache.
 
     Returns:
-        The commit, and the number of files that are right.
+        The commit, and the number of files that match.
 
     Raises:
-        OSError: A file is damaged, or the Hub cannot be asked.
-        ValueError: The cache holds nothing of the repository.
+        OSError: A file is corrupt, or the Hub cannot be reached.
+        ValueError: The cache holds no file of the repository.
     """
-    with _plain_words(repo_id, revision, "Cannot verify {}: {}"):
+    with explain_hub_errors(repo_id, revision, "The check of {} failed: {}."):
         try:
-            found = HfApi(token=token).verify_repo_checksums(repo_id, revision=revision)
+            result = HfApi(token=token).verify_repo_checksums(repo_id, revision=revision)
         except HFValidationError:
             raise
         except ValueError as error:
             raise ValueError(
-                f"Nothing of {repo_id} (revision {revision or 'main'!r}) is in the cache to be verified: pull it"
-                f" first, as `mini-ddpm sample {repo_id}` does."
+                f"The cache holds no file of {repo_id} (revision {revision or 'main'!r}). Download it first, for"
+                f" example with `mini-ddpm sample {repo_id}`."
             ) from error
-    for mismatch in found.mismatches:
-        file = found.verified_path / mismatch["path"]
+    for mismatch in result.mismatches:
+        file = result.verified_path / mismatch["path"]
         file.resolve().unlink()
         file.unlink(missing_ok=True)
-    if found.mismatches:
-        names = ", ".join(mismatch["path"] for mismatch in found.mismatches)
+    if result.mismatches:
+        names = ", ".join(mismatch["path"] for mismatch in result.mismatches)
         raise OSError(
-            f"{repo_id} is damaged in the cache: {names}. It is removed from there; load the pipeline again, and it is"
-            " downloaded anew."
+            f"{repo_id}: {names}: the cached copy is corrupt and has been deleted. Load the pipeline again to download"
+            " it."
         )
-    return found.revision, found.checked_count
+    return result.revision, result.checked_count

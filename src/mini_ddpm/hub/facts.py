@@ -1,4 +1,4 @@
-"""What is known of a pipeline, read from its folder."""
+"""Gather what is known of a pipeline from its folder."""
 
 from __future__ import annotations
 
@@ -11,71 +11,80 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .load import _weights, is_bundled
+from ..files import atomic_write
+from .load import is_bundled, read_json, weights_by_variant
 
-_PROTOCOL = {  # how the fields of an evaluation's record read in a table
+PROTOCOL_TEXTS = {
     "num_images": "{:,} images",
     "num_inference_steps": "{} steps",
     "scheduler": "{}",
     "guidance_scale": "guidance {}",
-    "guidance_interval": "from {0[0]:g} to {0[1]:g} of the way",
+    "guidance_interval": "only from {0[0]:g} to {0[1]:g} of the steps",
     "eta": "eta {}",
     "seed": "seed {}",
     "dtype": "{}",
     "note": "{}",
 }
+"""How a table shows the fields of an evaluation record."""
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Gathers what is known of a pipeline from its folder; what is not known has no key.
+    """Gather what is known of a pipeline from its folder. An unknown fact has no key.
 
-    `model` comes from the configurations and the weights' headers. The rest comes from `facts.json`, which travels
-    with the pipeline and may be edited (`license`, `description`, `limitations`: a text, a text, a list), and where a
-    training run left its files from those: most of `training` from `train_config.json` and the last line of
-    `train_log.jsonl`, `picture` from `samples.png` or the newest grid in `samples/`. `evaluation` comes from
-    `evaluation.json`: what `mini-ddpm evaluate` wrote, or a list of records with `metric`, `value` and, each optional,
-    `name`, `dataset`, `split`, `num_images`, `num_inference_steps`, `scheduler`, `guidance_scale`,
-    `guidance_interval`, `eta`, `seed`, `dtype`, `note`.
+    The facts come from these files:
+
+    - `model`: the configurations and the headers of the weights files.
+    - all others: `facts.json`. It is saved with the pipeline and can be edited: `license` and `description` are texts,
+      `limitations` is a list of texts.
+    - `training`: the `train_config.json` and the last line of the `train_log.jsonl` that a training run wrote, over
+      `facts.json`.
+    - `evaluation`: `evaluation.json`, over `facts.json`. Either `mini-ddpm evaluate` wrote it, or it is a list of
+      records with `metric`, `value` and any of `name`, `dataset`, `split`, `num_images`, `num_inference_steps`,
+      `scheduler`, `guidance_scale`, `guidance_interval`, `eta`, `seed`, `dtype`, `note`.
+    - `picture`: the name of `samples.png`, or of the newest grid in `samples/`.
 
     Raises:
-        ValueError: A file is not what it should be.
+        OSError: The folder holds no pipeline.
+        ValueError: A file is not valid JSON, or does not hold what it must.
     """
-    facts = _model_facts(folder)
+    facts: dict[str, Any] = {"model": model_facts(folder)}
     if (folder / "facts.json").is_file():
-        facts |= {key: value for key, value in _read_json(folder / "facts.json", dict).items() if key != "model"}
+        facts |= {key: value for key, value in read_json(folder / "facts.json").items() if key != "model"}
     if (folder / "train_config.json").is_file():
         facts["training"] = facts.get("training", {}) | _training_facts(folder)
     if (folder / "evaluation.json").is_file():
-        file = folder / "evaluation.json"
-        facts["evaluation"] = _evaluation_facts(_read_json(file, list), file)
+        facts["evaluation"] = _evaluation_records(folder / "evaluation.json")
     facts.pop("picture", None)
     if pictures := [*sorted(folder.glob("samples/epoch-*.png")), *folder.glob("samples.png")]:
         facts["picture"] = pictures[-1].relative_to(folder).as_posix()
     return facts
 
 
-def _read_json(file: Path, kind: type) -> Any:
-    if not file.is_file():
-        raise OSError(f"{file.parent} is no pipeline: it has no {file.name}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{file} must hold a JSON {'list' if kind is list else 'object'}.")
-    return content
+def write_facts(facts: dict[str, Any], folder: Path) -> None:
+    """Write `facts.json` into a folder."""
+    with atomic_write(folder / "facts.json") as file:
+        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _model_facts(folder: Path) -> dict[str, Any]:
-    index = _read_json(folder / "model_index.json", dict)
+def model_facts(folder: Path) -> dict[str, Any]:
+    """Return the facts that the configurations and the headers of the weights files tell.
+
+    Raises:
+        OSError: A configuration is missing.
+        ValueError: A configuration is not a JSON object.
+    """
+    index = read_json(folder / "model_index.json")
+    unet = read_json(folder / "unet" / "config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
 
     def class_name(value: Any) -> Any:
         return value[-1] if isinstance(value, list) else value
 
-    unet = _read_json(folder / "unet" / "config.json", dict)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", dict)
-    model = {"pipeline": class_name(index["_class_name"]), "unet": class_name(index["unet"])}
-    model |= {"scheduler": class_name(index["scheduler"])}
+    model = {
+        "pipeline": class_name(index["_class_name"]),
+        "unet": class_name(index["unet"]),
+        "scheduler": class_name(index["scheduler"]),
+    }
     for config, keys in (
         (unet, ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "num_class_embeds")),
         (scheduler, ("num_train_timesteps", "beta_schedule", "prediction_type")),
@@ -84,7 +93,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
     model |= {key: value for key, value in index.items() if key.startswith("default_")}
     if labels := index.get("id2label"):
         model["labels"] = list(labels.values())
-    for files in list(_weights(folder / "unet").values())[:1]:
+    for files in list(weights_by_variant(folder / "unet").values())[:1]:
         count, dtypes = 0, set()
         for file in files:
             with safe_open(file, framework="pt") as weights:
@@ -93,78 +102,89 @@ def _model_facts(folder: Path) -> dict[str, Any]:
                     count += int(torch.Size(tensor.get_shape()).numel())
                     dtypes.add({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(tensor.get_dtype()))
         model |= {"parameters": count} | ({"dtype": dtype} if (dtype := dtypes.pop()) and not dtypes else {})
-    return {"model": model}
+    return model
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "train_config.json", dict)
+    """Return the facts that a training run's own files tell."""
+    config = read_json(folder / "train_config.json")
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
-    keys += ["mixed_precision", "seed", "guidance_scale"]  # the last where it was distilled in
+    keys += ["mixed_precision", "seed", "guidance_scale"]  # the last one only for a distilled pipeline
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
     if config.get("guidance_interval", [0, 1]) != [0, 1]:
         facts["guidance_interval"] = config["guidance_interval"]
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
-    for key, names in (
+    for fact, key in (
         ("dataset", "dataset_name"),
         ("started_from", "pretrained_model_name_or_path"),
         ("distilled_from", "distilled_from"),
     ):
-        name = str(config.get(names))
-        is_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-        if is_hub or (key != "dataset" and is_bundled(name)):  # a folder is nobody's business
-            facts[key] = name
+        name = str(config.get(key))
+        is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
+        if is_on_hub or (fact != "dataset" and is_bundled(name)):  # do not publish local paths
+            facts[fact] = name
     log = folder / "train_log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for line in lines[-1:]:
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run was writing it
+        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed leaves an incomplete line
             entry = json.loads(line)
             facts |= {"steps": entry["step"]} | {key: entry[key] for key in ("epoch", "images", "loss", "seconds")}
             facts["batch_size"] = entry["images"] // entry["step"]
     return facts
 
 
-def _evaluation_facts(rows: list[Any], file: Path) -> list[dict[str, Any]]:
-    """The records to show, of those in an `evaluation.json`: what `evaluate` wrote, or records of one figure each."""
+def _evaluation_records(file: Path) -> list[dict[str, Any]]:
+    """Return one record per metric from an `evaluation.json`.
+
+    Raises:
+        ValueError: A row is neither one that `mini-ddpm evaluate` writes nor a record of one metric.
+    """
+    rows = read_json(file, list)
     records = []
     for i, row in enumerate(rows):
         if isinstance(row, dict) and "protocol" in row:
-            records += _figures(row, next((other for other in rows if other.get("images") == "real"), {}))
+            records += _metric_records(row, next((other for other in rows if other.get("images") == "real"), {}))
         elif (
             isinstance(row, dict) and isinstance(row.get("metric"), str) and isinstance(row.get("value"), (int, float))
         ):
             records.append(row)
         else:
             raise ValueError(f"{file}: record {i} needs a `metric` (a text) and a `value` (a number).")
-    keys = ("metric", "name", "value", "dataset", "split", *_PROTOCOL)
+    keys = ("metric", "name", "value", "dataset", "split", *PROTOCOL_TEXTS)
     return [{key: record[key] for key in keys if key in record} for record in records]
 
 
-def _figures(row: dict[str, Any], floor: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record for each figure of a row of `evaluate`'s that belongs on a card, beside that of real images."""
+def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one record per metric that a card shows, from a row that `mini-ddpm evaluate` wrote.
+
+    Args:
+        row: The figures of one sampler. The row of real images gives no records.
+        real_row: The figures of real images, which the notes quote.
+    """
     if row["images"] == "real":
         return []
     protocol = row["protocol"]
     network = f"{protocol['feature_extractor']} in {protocol['feature_dtype']}"
-    distance = f"against {protocol['reference_images']:,} real ones, {network}; real images: "
+    distance = f"against {protocol['reference_images']:,} real images, {network}; real images score "
     records = []
-    for key, metric, name, real, reading in (
+    for key, metric, name, note, number in (
         ("fid", "fid", "FID", distance, "{:.2f}"),
         ("frechet_distance", "frechet_distance", "Fréchet distance", distance, "{:.4g}"),
-        ("class_accuracy", "accuracy", "Class accuracy", "read by a classifier, right on real images: ", "{:.2%}"),
+        ("class_accuracy", "accuracy", "Class accuracy", "judged by a classifier; real images score ", "{:.2%}"),
         (
             "memorization",
             "memorization",
             "Memorization",
-            "nearer to one trained on than it to others; unseen real images: ",
+            "closer to a training image than any other training image is; unseen real images score ",
             "{:.1%}",
         ),
     ):
         if key in row:
             record = {**row, "metric": metric, "name": name, "value": row[key], "split": protocol["split"]}
-            if "/" in protocol["dataset"]:  # a name on the Hub
+            if "/" in protocol["dataset"]:  # a name on the Hub, not a local folder
                 record["dataset"] = protocol["dataset"]
-            if key in floor:
-                record["note"] = real + reading.format(floor[key])
+            if key in real_row:
+                record["note"] = note + number.format(real_row[key])
             records.append({key: value for key, value in record.items() if key != "eta" or value})
     return records

@@ -1,10 +1,11 @@
-"""Opening pipelines: by bundled name, from a folder, from the Hub; every file is checked first."""
+"""Open a pipeline by its bundled name, from a folder or from the Hub. Every file is checked first."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,126 +14,154 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from .download import _damaged, download
-
-# The file of a network's weights, or one of its shards; group 1 is the variant.
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
-
+from .download import download, remove_corrupt_files
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """The folder of the pipelines that ship with the package."""
 
+WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+"""The name of a network's weights file, or of one of its shards. Group 1 is the variant."""
+
 
 def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
-    """Opens a pipeline of this package, of whichever class it was saved.
+    """Open a saved mini-ddpm pipeline, whichever of our two classes it has.
 
     Args:
-        name_or_path: The name of a bundled pipeline (a folder in `PRETRAINED`; write `./mnist` for a folder of that
-            name), a folder, or a repository on the Hub, "user/name".
-        **kwargs: For `from_pretrained`: `dtype`, `revision`, `token`, `variant`, `local_files_only`, parts to replace
-            such as `scheduler=` ... Weights are read from safetensors unless `use_safetensors=False` is given.
+        name_or_path: The name of a bundled pipeline (a folder in `PRETRAINED`), a folder, or a repository on the Hub,
+            "user/name". A bundled name wins over a folder of the same name: write `./mnist` for the folder.
+        **kwargs: Arguments of `from_pretrained`: `dtype`, `revision`, `token`, `variant`, `local_files_only`, and
+            components that replace the saved ones, such as `scheduler=...`. Weights must be safetensors, unless
+            `use_safetensors=False`.
 
     Returns:
-        The pipeline, of the installed class.
+        The pipeline. Its class is the installed one, not the code saved with it.
 
     Raises:
-        OSError: The folder, a file in it or the repository is not there or cannot be read.
-        ValueError: What is there is no pipeline of this package, or is damaged; the message names the file and,
-            in a config, the key.
+        OSError: The folder, a file in it or the repository is missing or cannot be read.
+        ValueError: The folder holds another kind of pipeline, or a damaged one. The message names the file and, in a
+            configuration, the key.
     """
     kwargs.setdefault("use_safetensors", True)
-    folder = _find(str(name_or_path), kwargs)
+    folder = _find_folder(str(name_or_path), kwargs)
     _check_folder(folder, kwargs)
     return DiffusionPipeline.from_pretrained(folder, **kwargs)
 
 
-def _find(name: str, kwargs: dict[str, Any]) -> Path:
-    """Returns the folder of a pipeline, downloaded if need be."""
-    if is_bundled(name) or Path(name).is_dir():
-        return local_folder(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise OSError(
-            f"No pipeline {name!r}: it is not a folder, not a repository on the Hub (user/name),"
-            f" and not bundled ({', '.join(_bundled()) or 'none are'})."
-        )
-    folder = Path(download(DiffusionPipeline, name, **kwargs))
-    if damaged := _damaged(folder):
-        raise OSError(
-            f"{name}: {', '.join(damaged)} came damaged from the Hub, and is removed from the cache; load it again."
-        )
-    return folder
-
-
-def _bundled() -> list[str]:
-    return sorted(path.parent.name for path in PRETRAINED.glob("*/model_index.json"))
-
-
 def is_bundled(name: str) -> bool:
-    """Whether a pipeline of this name ships with the package."""
-    return name in _bundled()
+    """Return whether a pipeline of this name ships with the package."""
+    return name in _bundled_names()
 
 
 def local_folder(name_or_path: str | Path) -> Path:
-    """Returns the folder of a bundled pipeline, or the folder that was given.
+    """Return the folder of a bundled pipeline, or the given folder.
 
     Raises:
         OSError: There is no such folder.
     """
     folder = PRETRAINED / name_or_path if is_bundled(str(name_or_path)) else Path(name_or_path)
     if not folder.is_dir():
-        raise OSError(f"There is no folder {name_or_path}.")
+        bundled = ", ".join(_bundled_names())
+        raise OSError(f"There is no folder {name_or_path}. Give a folder or a bundled pipeline ({bundled}).")
+    return folder
+
+
+def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
+    """Return the weights files in a network's folder, grouped by variant. The one without a name, `None`, is first."""
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if match := WEIGHTS_FILE.fullmatch(file.name):
+            found.setdefault(match[1], []).append(file)
+    return dict(sorted(found.items(), key=lambda item: item[0] or ""))
+
+
+def read_json(file: Path, kind: type = dict, parse: Callable[[Path], Any] | None = None) -> Any:
+    """Read a JSON file from a pipeline's folder.
+
+    Args:
+        file: The file.
+        kind: What it must hold: `dict` or `list`.
+        parse: What reads it instead of the `json` module.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: The file is not JSON, or does not hold a `kind`.
+    """
+    if not file.is_file():
+        raise OSError(f"{file.parent} is not a pipeline: it has no {file.name}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if parse is None else parse(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} must hold a JSON {'list' if kind is list else 'object'}.")
+    return content
+
+
+def _bundled_names() -> list[str]:
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/model_index.json"))
+
+
+def _find_folder(name: str, kwargs: dict[str, Any]) -> Path:
+    """Return the folder of a pipeline. Download it if it is a repository on the Hub."""
+    if is_bundled(name) or Path(name).is_dir():
+        return local_folder(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise OSError(
+            f"No pipeline {name!r}: it is not a folder, a repository on the Hub (user/name) or a bundled pipeline"
+            f" ({', '.join(_bundled_names())})."
+        )
+    folder = Path(download(DiffusionPipeline, name, **kwargs))
+    if corrupt := remove_corrupt_files(folder):
+        raise OSError(
+            f"{name}: {', '.join(corrupt)}: the download from the Hub was corrupt and has been deleted from the cache."
+            " Load the pipeline again."
+        )
     return folder
 
 
 def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
-    """Raises for the first thing in a pipeline's folder that would fail obscurely, or pass and give bad images."""
+    """Raise on the first problem that would otherwise fail with an obscure error or silently give bad images."""
     index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise OSError(f"{folder} is no pipeline: it has no model_index.json.")
-    index = _read_config(index_file, DiffusionPipeline)
+    index = read_json(index_file, parse=DiffusionPipeline._dict_from_json_file)
     name = index.get("_class_name")
     pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline_class is None or not pipeline_class.__module__.startswith("mini_ddpm."):
-        raise ValueError(f"{index_file}: the pipeline's class is {name!r}, which is not one of this package.")
+        raise ValueError(
+            f"{index_file}: the pipeline class is {name!r}, which is not one of mini-ddpm's. Open it with diffusers'"
+            " own `DiffusionPipeline.from_pretrained`."
+        )
     _check_keys(index_file, index, pipeline_class)
 
-    for part, value in index.items():
-        if not isinstance(value, list) or part in kwargs:
+    for component, value in index.items():
+        if not isinstance(value, list) or component in kwargs:
             continue
         library, class_name = value
-        part_class = getattr(diffusers, str(class_name), None)
-        if library != "diffusers" or part_class is None:
-            raise ValueError(f"{index_file}: the part {part!r} is of an unknown class, {class_name!r} of {library!r}.")
-        config_file = folder / part / part_class.config_name
+        component_class = getattr(diffusers, str(class_name), None)
+        if library != "diffusers" or component_class is None:
+            raise ValueError(
+                f"{index_file}: the component {component!r} has an unknown class, {class_name!r} of {library!r}. It"
+                " must be a class of diffusers or mini-ddpm."
+            )
+        config_file = folder / component / component_class.config_name
         if not config_file.is_file():
-            raise OSError(f"{folder} is an incomplete pipeline: it has no {part}/{config_file.name}.")
-        config = _read_config(config_file, part_class)
-        _check_keys(config_file, config, part_class)
-        if issubclass(part_class, diffusers.ModelMixin) and kwargs["use_safetensors"]:
-            _check_weights(folder / part, config, part_class, kwargs.get("variant"))
-
-
-def _read_config(file: Path, cls: Any) -> dict[str, Any]:
-    """Reads a JSON object as `cls` does."""
-    try:
-        config = cls._dict_from_json_file(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a JSON object.")
-    return config
+            raise OSError(f"{folder} is an incomplete pipeline: it has no {component}/{config_file.name}.")
+        config = read_json(config_file)
+        _check_keys(config_file, config, component_class)
+        if issubclass(component_class, diffusers.ModelMixin) and kwargs["use_safetensors"]:
+            _check_weights(folder / component, config, component_class, kwargs.get("variant"))
 
 
 def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
-    """Raises for a key that `cls` does not know, or lacks: a setting lost in silence gives a different model."""
+    """Raise if a key is unknown to `cls` or missing. A setting that is silently dropped gives a different model."""
     expected = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
     known = expected.union({"quantization_config", "auto_map"}, cls.ignore_for_config)
-    if cls.has_compatibles:  # a scheduler keeps the keys of those it was converted from
+    if cls.has_compatibles:  # a scheduler keeps the keys of the schedulers it was converted from
         known = known.union(*(inspect.signature(other.__init__).parameters for other in cls._get_compatibles()))
     unknown = sorted(key for key in config if key not in known and not key.startswith("_"))
     if unknown:
-        raise ValueError(f"{file}: unknown key {unknown[0]!r}; {cls.__name__} has {', '.join(sorted(expected))}.")
-    # Classes of diffusers gain keys with its versions; theirs may be absent, and so may defaults that nobody set.
+        raise ValueError(f"{file}: unknown key {unknown[0]!r}. {cls.__name__} has {', '.join(sorted(expected))}.")
+    # diffusers adds keys to its classes from version to version, so theirs may be missing. So may `default_*`, which
+    # are saved only if they were set.
     required = {key for key in expected if not key.startswith("default_")}
     missing = sorted(required - config.keys()) if cls.__module__.startswith("mini_ddpm.") else []
     if missing:
@@ -140,33 +169,24 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
 
 
 def _check_weights(folder: Path, config: dict[str, Any], cls: Any, variant: str | None) -> None:
-    """Raises for a weights file that is truncated or corrupt, or that is not of the network the config describes."""
-    by_variant = _weights(folder)
+    """Raise if the weights are missing, truncated or corrupt, or do not fit the network that the config describes."""
+    by_variant = weights_by_variant(folder)
     files = by_variant.get(variant) or by_variant.get(None)
     if not files:
-        raise OSError(f"{folder} has no weights: no diffusion_pytorch_model.safetensors.")
+        raise OSError(f"{folder} has no weights: there is no diffusion_pytorch_model.safetensors.")
     stored: dict[str, list[int]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as weights:
                 stored |= {key: weights.get_slice(key).get_shape() for key in weights.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or corrupt ({error}); download or save it again.") from error
+            raise ValueError(f"{file} is truncated or corrupt ({error}). Download or save it again.") from error
     with torch.device("meta"):
         network = cls.from_config(config)
     expected = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
     for key in sorted(stored.keys() | expected.keys()):
         if stored.get(key) != expected.get(key):
             raise ValueError(
-                f"{files[0]} does not fit {folder / cls.config_name}: the tensor {key} has the shape"
-                f" {stored.get(key)} in the file and {expected.get(key)} in the network."
+                f"{files[0]} does not fit {folder / cls.config_name}: the shape of {key} is"
+                f" {stored.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
             )
-
-
-def _weights(folder: Path) -> dict[str | None, list[Path]]:
-    """Returns the files of a network's weights by variant, that without a name (None) first."""
-    found: dict[str | None, list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if match := _WEIGHTS.fullmatch(file.name):
-            found.setdefault(match[1], []).append(file)
-    return dict(sorted(found.items(), key=lambda item: item[0] or ""))

@@ -1,4 +1,4 @@
-"""Publishing a pipeline on the Hub, in one commit."""
+"""Publish a pipeline on the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_token,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from ..pipelines.pipeline_mini_ddpm import PORTABLE_MODULE
-from .card import _is_rendered, render_card, write_card
-from .errors import _plain_words
+from ..pipelines.portable import PORTABLE_MODULE
+from .card import is_rendered, render_card, write_card, write_text
+from .errors import explain_hub_errors
 from .facts import read_facts
-from .load import _WEIGHTS, _weights, load_pipeline, local_folder
+from .load import WEIGHTS_FILE, load_pipeline, local_folder, weights_by_variant
 
 logger = logging.get_logger(__name__)
 
@@ -38,15 +32,15 @@ def push(
     create_pr: bool = False,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Publishes a pipeline's folder as it is: all variants of its weights, byte for byte, and what describes them.
+    """Publish the folder of a pipeline as it is: all variants of its weights, byte for byte, its facts and its card.
 
-    What else lies there (checkpoints, logs) stays where it is. The arguments are those of `push_to_hub`.
+    Other files in the folder (checkpoints, logs) are not published. The arguments are those of `push_to_hub`.
 
     Raises:
-        OSError: There is no such folder, or the Hub refused; nothing is then half published.
-        ValueError: The folder is no pipeline, or is damaged.
+        OSError: There is no such folder, or the push failed. The message says what was published, if anything.
+        ValueError: The folder holds no mini-ddpm pipeline, or a damaged one.
     """
-    with stage(name_or_path) as folder:
+    with staged_pipeline(name_or_path) as folder:
         return publish(
             folder,
             repo_id,
@@ -59,18 +53,18 @@ def push(
 
 
 @contextlib.contextmanager
-def stage(name_or_path: str | Path) -> Iterator[Path]:
-    """Gives a temporary folder with the files that `push` publishes."""
+def staged_pipeline(name_or_path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder with the files that `push` publishes."""
     source = local_folder(name_or_path)
-    variant = next(iter(_weights(source / "unet")), None)
+    variant = next(iter(weights_by_variant(source / "unet")), None)
     pipe: Any = load_pipeline(source.resolve(), variant=variant)
-    with tempfile.TemporaryDirectory() as target:
-        folder = Path(target)
-        for part in pipe.components:
-            for file in (source / part).iterdir():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for component in pipe.components:
+            for file in (source / component).iterdir():
                 if file.suffix in (".json", ".safetensors") and not file.name.startswith("."):
-                    (folder / part).mkdir(exist_ok=True)
-                    shutil.copyfile(file, folder / part / file.name)
+                    (folder / component).mkdir(exist_ok=True)
+                    shutil.copyfile(file, folder / component / file.name)
         pipe.to_json_file(folder / "model_index.json")
         write_card(pipe, folder)
         yield folder
@@ -87,61 +81,66 @@ def publish(
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Commits a saved pipeline to the Hub, all files at once, for `push` and for the pipelines' `push_to_hub`.
+    """Commit a saved pipeline to the Hub, all files at once. `push` and the pipelines' `push_to_hub` call this.
 
-    Files of the repository that the new ones stand in for (older code, the same weights in other shards) go. A card
-    that a person wrote stays. Ours names the commit that holds the pipeline, so it follows in a second commit.
+    Delete repository files that the new ones replace (older code, the same weights sharded differently). Keep a card
+    that a person wrote or edited. A rendered card names the commit that holds the pipeline, so it follows in a second
+    commit.
+
+    Raises:
+        OSError: Nobody is logged in, or the push failed.
     """
     if token is False or not (token or get_token()):
         raise OSError(
-            f"To push to {repo_id} you must be logged in to the Hub: `hf auth login`, or a token with the right to"
-            " write in HF_TOKEN or `token=`."
+            f"To push to {repo_id}, log in with `hf auth login`, or give a token with write access in HF_TOKEN or"
+            " `token=`."
         )
-    failed = "The Hub did not take {}: {}. Nothing is half published; push again to complete it."
-    with _plain_words(repo_id, revision, failed):
+    with explain_hub_errors(repo_id, revision, "The push to {} failed: {}. Nothing was published; push again."):
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         base = api.model_info(repo_id, revision=revision)
-        there = {file.rfilename for file in base.siblings or ()}
+        remote_names = {file.rfilename for file in base.siblings or ()}
 
-        # 1. The card: theirs, or ours with the commit that it named so far.
-        card, named = folder / "README.md", None
-        if subfolder is None and card.name in there:
-            theirs = Path(api.hf_hub_download(repo_id, card.name, revision=base.sha))
-            if match := re.search(r'revision="([0-9a-f]{40})"', theirs.read_text(encoding="utf-8")):
-                named = match[1]
-            if not _is_rendered(theirs):
-                logger.warning(f"{repo_id} has a model card that a person wrote or edited; it is kept as it is.")
-                card.unlink()
-        elif subfolder is not None:
+        # 1. The card. Keep the remote one if a person wrote it; else render ours, with the commit that it names now.
+        card, named_commit = folder / "README.md", None
+        if subfolder is not None:
             card.unlink()  # the repository's card is at its root
-        is_ours = card.is_file() and _is_rendered(card)
+        elif card.name in remote_names:
+            remote_card = Path(api.hf_hub_download(repo_id, card.name, revision=base.sha))
+            if match := re.search(r'revision="([0-9a-f]{40})"', remote_card.read_text(encoding="utf-8")):
+                named_commit = match[1]
+            if not is_rendered(remote_card):
+                logger.warning(f"The model card of {repo_id} was written or edited by a person and is kept.")
+                card.unlink()
+        has_rendered_card = card.is_file() and is_rendered(card)
         facts = {**read_facts(folder), "repo_id": repo_id}
-        if is_ours:
-            card.write_text(render_card({**facts, "revision": named}), encoding="utf-8")
+        if has_rendered_card:
+            write_text(card, render_card({**facts, "revision": named_commit}))
 
-        # 2. Everything in one commit. (`upload_folder` makes several of a large folder.)
+        # 2. All files in one commit. (`upload_folder` splits a large folder into several.)
         prefix = "" if subfolder is None else subfolder.strip("/") + "/"
         paths = (path for path in folder.rglob("*") if path.is_file())
         files = {prefix + path.relative_to(folder).as_posix(): path for path in paths}
-        places = {_place(name) for name in files} - {None}
-        stale = sorted(name for name in there - files.keys() if _place(name) in places)
+        keys = {replacement_key(name) for name in files} - {None}
+        replaced = sorted(name for name in remote_names - files.keys() if replacement_key(name) in keys)
         commit = api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
-                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationDelete(name) for name in replaced),
             ],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
         )
 
-        # 3. The name of that commit. Where nothing has changed, the card names the right one already.
-        if is_ours and (commit.oid != base.sha or (named is None and not create_pr)):
-            card.write_text(render_card({**facts, "revision": commit.oid}), encoding="utf-8")
+    # 3. The card with the name of that commit. If nothing has changed, the card names the right commit already.
+    if has_rendered_card and (commit.oid != base.sha or (named_commit is None and not create_pr)):
+        failed = "The pipeline was published on {}, but its model card does not name the new commit: {}."
+        with explain_hub_errors(repo_id, revision, failed):
+            write_text(card, render_card({**facts, "revision": commit.oid}))
             api.upload_file(
                 path_or_fileobj=card,
                 path_in_repo=card.name,
@@ -152,14 +151,18 @@ def publish(
     return commit
 
 
-def _place(name: str) -> tuple[str, str, str | None] | None:
-    """What a file of a repository is of which there can be but one: a folder's code, or its weights of one variant."""
+def replacement_key(name: str) -> tuple[str, str, str | None] | None:
+    """Return the key of the slot that a repository file fills. A new file replaces the old ones with the same key.
+
+    A folder has one slot for code, and one for the weights of each variant. Other files have no key, `None`, and
+    replace only a file of the same name.
+    """
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.rpartition(".")
     code = PORTABLE_MODULE.fullmatch(stem)
     if suffix == "py" and code is not None and code[2] is not None:
         return folder, "code", None
     index = re.fullmatch(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.json", file)
-    if match := index or _WEIGHTS.fullmatch(file):
+    if match := index or WEIGHTS_FILE.fullmatch(file):
         return folder, "weights", match[1]
     return None
