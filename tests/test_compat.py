@@ -63,7 +63,7 @@ def predict(unet, sample, timestep=500):
 
 
 def draw(pipe, steps=3):
-    return pipe(2, steps, generator=seeds(0, 1), output_type="np").images
+    return pipe(2, num_inference_steps=steps, generator=seeds(0, 1), output_type="np").images
 
 
 # ---- Schedulers, on the shipped weights ----------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def trained():
 
 def digits(trained, scheduler, first=0, count=IMAGES):
     pipe = quiet(MiniDDPMPipeline(trained.unet, scheduler))
-    return pipe(count, STEPS, generator=seeds(*range(first, first + count)), output_type="pt").images
+    return pipe(count, num_inference_steps=STEPS, generator=seeds(*range(first, first + count)), output_type="pt").images
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +153,10 @@ def test_schedulers_that_would_diverge_are_refused(name, pipe):
     cls = getattr(diffusers, name)
     pipe.scheduler = cls.from_config(MiniDDIMScheduler().config)
     with pytest.raises(ValueError, match=r"diverges.*timestep_spacing='leading'") as raised:
-        pipe(1, STEPS)
+        pipe(1, num_inference_steps=STEPS)
     assert "\n" not in str(raised.value)
     pipe.scheduler = cls.from_config(MiniDDIMScheduler(timestep_spacing="leading").config)
-    assert pipe(1, STEPS, output_type="pt").images.isfinite().all()
+    assert pipe(1, num_inference_steps=STEPS, output_type="pt").images.isfinite().all()
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
@@ -459,7 +459,7 @@ def test_half_precision_pipelines_return_every_type(dtype, pipe):
     pipe.to(dtype)
     expected = draw(pipe)
     for output_type in ("pt", "pil"):
-        images = pipe(2, 3, generator=seeds(0, 1), output_type=output_type).images
+        images = pipe(2, num_inference_steps=3, generator=seeds(0, 1), output_type=output_type).images
         if output_type == "pt":
             np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
         else:

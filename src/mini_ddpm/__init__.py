@@ -1,15 +1,16 @@
-"""A small diffusion model of handwritten digits, complete, as a plug-in for diffusers.
+"""A small diffusion model, complete, as a plug-in for diffusers.
 
-The network, two schedulers and two pipelines, each in a file of its own that also runs without this package. Importing
-the package makes diffusers' own loaders know them:
+The network, two schedulers and two pipelines also run without this package. Importing the package registers them with
+diffusers' own loaders:
 
     >>> import mini_ddpm
     >>> pipe = mini_ddpm.load_pipeline("mnist-class-conditional")
     >>> images = pipe([3, 1, 4], num_inference_steps=20).images
 """
 
+import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -19,24 +20,74 @@ from mini_ddpm.hub.download import download
 from mini_ddpm.hub.load import PRETRAINED, load_pipeline
 from mini_ddpm.hub.publish import publish
 from mini_ddpm.models.unet_mini import MiniUNet2DModel
-from mini_ddpm.pipelines.pipeline_mini_ddpm import PORTABLE_MODULE, MiniDDPMPipeline, MiniDDPMPipelineOutput
+from mini_ddpm.pipelines.pipeline_base import MiniDDPMPipelineOutput
+from mini_ddpm.pipelines.pipeline_mini_ddpm import MiniDDPMPipeline
 from mini_ddpm.pipelines.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
+from mini_ddpm.pipelines.portable import PORTABLE_MODULE
 from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
+
+if TYPE_CHECKING:
+    from mini_ddpm.data import image_dataset
+    from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
+    from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
+    from mini_ddpm.training.distill import DistillConfig, distill
+    from mini_ddpm.training.loss import compute_loss
+    from mini_ddpm.training.train import TrainConfig, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRETRAINED",
+    "DistillConfig",
+    "EvaluateConfig",
     "MiniDDIMScheduler",
     "MiniDDPMClassConditionalPipeline",
     "MiniDDPMPipeline",
     "MiniDDPMPipelineOutput",
     "MiniDDPMScheduler",
     "MiniUNet2DModel",
+    "TrainConfig",
     "__version__",
+    "compute_loss",
+    "denoising_film",
+    "distill",
+    "evaluate",
+    "image_dataset",
     "load_pipeline",
+    "noising_strip",
+    "sample_grid",
+    "train",
 ]
+
+# Where the names are that are imported on first use.
+_LAZY = {
+    "image_dataset": "data",
+    "EvaluateConfig": "evaluation.evaluate",
+    "evaluate": "evaluation.evaluate",
+    "denoising_film": "plots",
+    "noising_strip": "plots",
+    "sample_grid": "plots",
+    "DistillConfig": "training.distill",
+    "distill": "training.distill",
+    "compute_loss": "training.loss",
+    "TrainConfig": "training.train",
+    "train": "training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `_LAZY` on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the names of `_LAZY` too."""
+    return sorted(globals().keys() | _LAZY.keys())
+
 
 _CLASSES = {
     cls.__name__: cls
@@ -49,8 +100,8 @@ _CLASSES = {
     )
 }
 
-# diffusers looks classes up by name on its own module: a pipeline for the generic `DiffusionPipeline.from_pretrained`,
-# a part declared as ["diffusers", name], the class that a scheduler's config came from and its `compatibles`.
+# diffusers looks up classes by name on its own module: a pipeline for the generic `DiffusionPipeline.from_pretrained`,
+# a part declared as ["diffusers", name], the class that a scheduler's config came from, and its `compatibles`.
 for _name, _class in _CLASSES.items():
     setattr(diffusers, _name, _class)
 
@@ -58,28 +109,28 @@ _read_json_file = DiffusionPipeline._dict_from_json_file.__func__
 
 
 def _dict_from_json_file(cls: type[DiffusionPipeline], json_file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads `model_index.json` and, where it names a class of ours with its source file, names the installed class.
+    """Read `model_index.json`, and replace a class of ours that it names with a source file by the installed class.
 
-    A saved pipeline says `[file stem, class name]` for the sake of those who do not have this package, and diffusers
-    then runs that file, or refuses to without `trust_remote_code`. With the package there is no need for either. The
-    hash at a stem's end is not looked at: repositories written by an older or newer version open too. An index that
-    names other classes, or ours from a file that is not one of ours (a fork), is left alone.
+    A saved pipeline names its classes as `[file stem, class name]` for people without this package. diffusers runs
+    that file, or refuses to without `trust_remote_code`. The installed class needs neither. The hash at the end of a
+    stem is ignored, so repositories of older and newer versions open too. An index that names other classes, or ours
+    from a file with another name (a fork), is left alone.
     """
     index: dict[str, Any] = _read_json_file(cls, json_file)
     for key, value in index.items():
         match value:
-            # What diffusers' own pipelines write for a part of ours, "mini_ddpm.unet_mini", is put right as well.
+            # diffusers' own pipelines write the module of a part of ours, "mini_ddpm.models.unet_mini".
             case [str(module), str(name)] if name in _CLASSES and PORTABLE_MODULE.fullmatch(module.split(".")[-1]):
                 index[key] = name if key == "_class_name" else ["diffusers", name]
     return index
 
 
-# Both the loading and the download read the index through this classmethod of the class they are called on. Set on the
-# generic class, it serves that one and, by inheritance, our pipelines; models and schedulers have the base's.
+# Loading and downloading read the index through this classmethod of the class they are called on. Set on the generic
+# class, it serves that class and, by inheritance, our pipelines. Models and schedulers keep that of their base class.
 DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
 
-# The copies of the pipelines' files that travel with the weights cannot import this package. Here they write a full
-# model card, keep what people wrote on the Hub, and say in plain words what went wrong.
+# The bundles that travel with the weights cannot import this package. With the package, the pipelines write a full
+# model card, keep hand-written cards on the Hub, and explain errors in plain words.
 _HOOKS = {
     "_write_card": write_card,
     "_publish": staticmethod(publish),

@@ -1,3 +1,381 @@
-"""What the pipelines share: checks of their arguments and the denoising loop."""
+"""What the pipelines share: the checks of their arguments, the denoising loop, and the state of a call.
 
+A pipeline object serves many threads at once. What a call changes (the scheduler's timesteps, the guidance, the
+interrupt flag) belongs to that call alone.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+# The number of denoising steps of a call that gives none. A distilled pipeline has its own.
 DEFAULT_NUM_INFERENCE_STEPS = 20
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class MiniDDPMPipelineOutput(BaseOutput):  # type: ignore[misc]
+    """The result of a pipeline call.
+
+    Attributes:
+        images: B images: a list of `PIL.Image` ("pil"), an array (B, H, W, C) in [0, 1] ("np"), a tensor (B, C, H, W)
+            in [0, 1] ("pt"), or x_0 itself, (B, C, H, W), about [-1, 1] and not clamped ("latent").
+        latents_trajectory: With `return_trajectory=True`, x_T ... x_0 as the scheduler scales them,
+            (steps + 1, B, C, H, W). A scheduler that evaluates the network several times per step counts each time.
+        pred_original_samples: With `return_trajectory=True`, x̂_0 of each step, (steps, B, C, H, W): the scheduler's
+            own, clipped if it clips. If the scheduler returns none: derived from the network's output, not clipped.
+    """
+
+    images: list[Any] | np.ndarray[Any, Any] | torch.Tensor
+    latents_trajectory: torch.Tensor | None = None
+    pred_original_samples: torch.Tensor | None = None
+
+
+class CallAttribute:
+    """An attribute that every running call of a pipeline has for itself.
+
+    Inside a call, also in its callback, reading and setting concern that call. Outside, reading gives the value of the
+    call that ended last; setting also changes all running calls, so that a stop button can interrupt them.
+    """
+
+    def __init__(self, default: Any) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipe: Any, owner: type | None = None) -> Any:
+        return self.default if pipe is None else pipe._call_values().get(self.name, self.default)
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        pipe._call_values()[self.name] = value
+        if pipe._call_values() is pipe.__dict__:
+            for other, values in tuple(pipe._running_calls.values()):
+                if other is pipe:
+                    values[self.name] = value
+
+
+class DenoisingPipelineMixin:
+    """The part of a pipeline that draws images. It is no `DiffusionPipeline`, since a file may define only one."""
+
+    # The calls that run in this thread, innermost last, and those that run in any thread: (pipeline, values of the
+    # call). They are attributes of the class, since loading a saved pipeline again executes its file again.
+    _calls: ContextVar[tuple[tuple[Any, dict[str, Any]], ...]] = ContextVar("calls", default=())
+    _running_calls: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    _num_timesteps = CallAttribute(0)
+    _step = CallAttribute(0)
+    _interrupt = CallAttribute(False)
+
+    # Attributes of `DiffusionPipeline`.
+    unet: Any
+    config: Any
+    _callback_tensor_inputs: list[str]
+
+    def _call_values(self) -> dict[str, Any]:
+        """Return the values of this thread's running call of the pipeline, else the pipeline's own attributes."""
+        own: dict[str, Any] = self.__dict__
+        return next((values for pipe, values in reversed(self._calls.get()) if pipe is self), own)
+
+    @contextmanager
+    def _call(self, values: dict[str, Any]) -> Iterator[None]:
+        """Run the block as a call with these values of its `CallAttribute`s, and with a scheduler of its own.
+
+        At the end the values, and the timesteps of the scheduler, become those of the pipeline, where they can be read.
+        """
+        shared = self.__dict__["scheduler"]
+        # A compiled or patched step is bound to the object that it was made for.
+        scheduler = shared if "step" in vars(shared) else copy.copy(shared)
+        values = {"_interrupt": False, **values, "scheduler": scheduler}
+        token = self._calls.set((*self._calls.get(), (self, values)))
+        self._running_calls[id(values)] = (self, values)
+        try:
+            yield
+        finally:
+            self._calls.reset(token)
+            del self._running_calls[id(values)]
+            vars(shared).update(vars(values.pop("scheduler")))
+            self.__dict__.update(values)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler. Inside a call it is that call's copy, which holds the timesteps of the call."""
+        values = self._call_values()
+        if "scheduler" not in values:
+            raise AttributeError("The pipeline has no scheduler yet.")
+        return values["scheduler"]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.__dict__["scheduler"] = scheduler
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of denoising steps of the call."""
+        return self._num_timesteps  # type: ignore[no-any-return]
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call stops before its next step. A callback sets it by `pipe._interrupt = True`."""
+        return self._interrupt  # type: ignore[no-any-return]
+
+    def _register_defaults(self, **defaults: Any) -> None:
+        """Add the given defaults to the configuration. Other pipeline classes, which do not know them, get none."""
+        for name, value in defaults.items():
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                    raise ValueError(f"`{name}` must be a number above 0, but is {value!r}.")
+                self.register_to_config(**{name: value})  # type: ignore[attr-defined]
+
+    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+        """Return the network's output for x_t, in x_t's dtype, (B, C or 2C, H, W)."""
+        output: torch.Tensor = self.unet(sample.to(self.unet.dtype), timestep, **conditions).sample
+        return output.to(sample.dtype)
+
+    def _draw(
+        self,
+        batch_size: int,
+        conditions: dict[str, torch.Tensor],
+        values: dict[str, Any],
+        *,
+        num_inference_steps: int | None,
+        eta: float,
+        use_clipped_model_output: bool,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        return_trajectory: bool,
+    ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
+        """Draw images. `conditions` go to `_predict`, `values` are those of the call's `CallAttribute`s."""
+        if num_inference_steps is None:
+            num_inference_steps = int(self.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
+        self._check_inputs(
+            batch_size,
+            num_inference_steps,
+            eta,
+            height,
+            width,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        latents = self._prepare_latents(batch_size, height, width, generator, latents)
+        conditions = {name: tensor.to(latents.device) for name, tensor in conditions.items()}
+        step_kwargs = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
+        trajectory: list[torch.Tensor] | None = [] if return_trajectory else None
+        predictions: list[torch.Tensor] = []
+        with self._call(values):
+            latents = self._denoise(
+                latents,
+                conditions,
+                num_inference_steps,
+                step_kwargs,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                trajectory,
+                predictions,
+            )
+        images: Any = latents
+        if output_type != "latent":
+            images = (latents / 2 + 0.5).clamp(0, 1).float()
+        if output_type in ("np", "pil"):
+            images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)  # type: ignore[attr-defined]
+        self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+
+        result = MiniDDPMPipelineOutput(images=images)
+        if trajectory is not None:
+            result = MiniDDPMPipelineOutput(images, torch.stack(trajectory), torch.stack(predictions))
+        return result if return_dict else result.to_tuple()
+
+    def _check_inputs(
+        self,
+        batch_size: int,
+        num_inference_steps: int,
+        eta: float,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raise a `ValueError` of one line for the first argument that is invalid."""
+        if getattr(self.scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} does not work with this pipeline: it has no `alphas_cumprod`. EDM"
+                " and flow-matching schedulers scale the network's input and output differently from a DDPM. Use DDPM,"
+                " DDIM or another of `pipe.scheduler.compatibles` that has it."
+            )
+        counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
+        counts |= {name: n for name, n in (("height", height), ("width", width)) if n is not None}
+        for name, n in counts.items():
+            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, but is {n!r}.")
+        limit = self.scheduler.config.num_train_timesteps
+        if num_inference_steps > limit:
+            raise ValueError(
+                f"`num_inference_steps` must be at most {limit}, the scheduler's `num_train_timesteps`,"
+                f" but is {num_inference_steps}."
+            )
+        if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
+            raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for {batch_size} images. Give one generator per image."
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                allowed = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {allowed}, but holds {name!r}.")
+
+    def _prepare_latents(
+        self,
+        batch_size: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return standard normal noise, (B, C, H, W), drawn or checked, on the execution device.
+
+        x_t stays in float32 also if the network runs in half precision. Rounding x_t at every step would add up to a
+        visible background, and one seed would give different noise in each dtype.
+        """
+        config = self.unet.config
+        if latents is None:
+            size = config.sample_size
+            if size is None and (height is None or width is None):
+                raise ValueError("The network has no `sample_size`. Pass `height` and `width`.")
+            default_height, default_width = size if isinstance(size, (list, tuple)) else (size, size)
+        else:
+            default_height, default_width = latents.shape[-2:] if latents.ndim == 4 else ("H", "W")
+        shape = (
+            batch_size,
+            config.in_channels,
+            default_height if height is None else height,
+            default_width if width is None else width,
+        )
+        device = self._execution_device  # type: ignore[attr-defined]
+        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` must have the shape {shape}, but has {tuple(latents.shape)}.")
+            return latents.to(device=device, dtype=dtype)
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return noise
+
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+        num_inference_steps: int,
+        step_kwargs: dict[str, Any],
+        callback: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None,
+        tensor_inputs: Sequence[str],
+        trajectory: list[torch.Tensor] | None,
+        predictions: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the loop from x_T, noise (B, C, H, W), to x_0. Record x_t and x̂_0 if there is a trajectory."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        if hasattr(scheduler, "set_begin_index"):
+            # Without this, schedulers that keep a step counter look up the first timestep. A Karras grid can hold it
+            # twice; they then take the second match, start one step late and run off the end.
+            scheduler.set_begin_index(0)
+        if type(scheduler).__name__ in ("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"):
+            # Half the slope of their correction comes from σ_1: an error e of x̂_0 moves x by e·σ_0 / 2σ_1.
+            first, second = scheduler.sigmas[:2].tolist()
+            if first > second**2:
+                raise ValueError(
+                    f"{type(scheduler).__name__} diverges here: its first step leads from σ = {first:.5g} to"
+                    f" {second:.5g}. Create it with `timestep_spacing='leading'`, or use another of"
+                    " `pipe.scheduler.compatibles`."
+                )
+        latents = latents * scheduler.init_noise_sigma
+        channels = latents.shape[1]
+
+        # Pass to a scheduler's step the arguments that it accepts.
+        accepted = inspect.signature(scheduler.step).parameters
+        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+        # A learned variance is in channels C..2C. Only the step of DDPM uses it, if configured to. Other schedulers
+        # get the prediction alone. The config key does not tell them apart, since `from_config` keeps it.
+        takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range") and (
+            "predicted_variance" in inspect.signature(getattr(scheduler, "_get_variance", len)).parameters
+        )
+
+        self._num_timesteps = len(scheduler.timesteps)
+        if trajectory is not None:
+            trajectory.append(latents)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:  # type: ignore[attr-defined]
+            for i, t in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                self._step = i
+                model_output = self._predict(scheduler.scale_model_input(latents, t), t, **conditions)
+                prediction = model_output[:, :channels]  # (B, C, H, W)
+                output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)
+                if trajectory is not None:
+                    pred_original_sample = output.get("pred_original_sample")
+                    if pred_original_sample is None:
+                        pred_original_sample = predict_x0(scheduler, prediction, i, t, latents)
+                    predictions.append(pred_original_sample)
+                latents = output.prev_sample
+
+                if callback is not None:
+                    state = {"latents": latents, **conditions}
+                    changed = callback(self, i, t, {name: state[name] for name in tensor_inputs}) or {}
+                    latents = changed.get("latents", latents)
+                    conditions = {name: changed.get(name, tensor) for name, tensor in conditions.items()}
+                if trajectory is not None:
+                    trajectory.append(latents)
+                progress_bar.update()
+        return latents
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """Create a pipeline of this class from the parts of another one. The weights are shared, not copied."""
+        # diffusers shares a model only if the signature names its very class, and ours names the base class. It also
+        # casts the shared weights to float32 unless given a dtype.
+        kwargs = {"unet": pipeline.unet, **kwargs}
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+
+
+def predict_x0(
+    scheduler: Any, prediction: torch.Tensor, i: int, timestep: torch.Tensor, sample: torch.Tensor
+) -> torch.Tensor:
+    """Return x̂_0 of step i, from x_t = α x_0 + σ ε, for a scheduler whose step returns none.
+
+    PNDM, DPM-Solver++, UniPC and DEIS are such schedulers.
+    """
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # its grid may lie between whole timesteps
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
+    else:
+        alpha_squared = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+        alpha, sigma = alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+    x0 = prediction
+    if scheduler.config.prediction_type == "epsilon":
+        x0 = (sample - sigma * prediction) / alpha
+    elif scheduler.config.prediction_type == "v_prediction":
+        x0 = alpha * sample - sigma * prediction
+    return x0
