@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,47 @@ def test_help_names_every_command_and_option(capsys):
         out = capsys.readouterr().out
         assert f"usage: mini-ddpm {command}" in out
         assert "_" not in "".join(word for word in out.split() if word.startswith("--"))  # dashes
+
+
+def test_help_names_defaults_in_words_and_the_module_names_every_command(capsys):
+    for command in mini_ddpm_cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            run(command, "--help")
+        assert " None:" not in " ".join(capsys.readouterr().out.split())  # "Default:"
+        assert f"`{command}`" in mini_ddpm_cli.__doc__.replace("mini-ddpm ", "")
+
+
+def test_defaults():
+    assert vars(mini_ddpm_cli.SampleConfig()) == {
+        "pipeline": None,
+        "revision": None,
+        "class_labels": (),
+        "num_images": None,
+        "num_inference_steps": None,
+        "guidance_scale": None,
+        "guidance_interval": None,
+        "eta": 0.0,
+        "scheduler": None,
+        "seed": 0,
+        "batch_size": 128,
+        "device": "auto",
+        "dtype": "fp32",
+        "torch_compile": False,
+        "out": Path("samples.png"),
+    }
+    assert vars(mini_ddpm_cli.CardConfig("x")) == {"pipeline": "x", "out": None, "repo_id": None}
+    optional = {"private": False, "revision": None, "create_pr": False, "message": None, "dry_run": False}
+    assert vars(mini_ddpm_cli.PushConfig("x", "a/b")) == {"folder": "x", "repo_id": "a/b", **optional}
+    assert vars(mini_ddpm_cli.VerifyConfig("a/b")) == {"repo_id": "a/b", "revision": None}
+
+
+def test_default_number_of_steps(tmp_path, unconditional, capsys):
+    """20, or those of a distilled pipeline."""
+    for folder, changes, steps in (("plain", {}, 20), ("distilled", {"default_num_inference_steps": 3}, 3)):
+        pipe = MiniDDPMPipeline.from_pretrained(unconditional)
+        MiniDDPMPipeline(pipe.unet, pipe.scheduler, **changes).save_pretrained(tmp_path / folder)
+        assert run("sample", tmp_path / folder, "--num-images", 1, "--device", "cpu", "--out", tmp_path / "x.png") == 0
+        assert f", {steps} steps of MiniDDIMScheduler" in capsys.readouterr().out
 
 
 def test_module_runs_as_the_command():
@@ -258,11 +300,18 @@ def test_folder_with_other_files_is_left_alone(tmp_path, unconditional, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_film_has_a_frame_per_step(tmp_path, conditional, suffix):
+def test_film_has_a_frame_per_step(tmp_path, conditional, unconditional, suffix):
     out = tmp_path / f"film{suffix}"
     assert run("sample", conditional, "--steps", 3, "--batch-size", 4, "--out", out) == 0
     with Image.open(out) as film:
         assert film.n_frames == 4
+        grid = sample_grid(np.zeros((6, 8, 8, 1), dtype=np.uint8), columns=3)  # two of each class, below each other
+        assert 10 < film.height - grid.height < 30  # the rest is the title
+    assert run("sample", unconditional, "--steps", 1, "--batch-size", 4, "--out", out) == 0
+    with Image.open(out) as film:
+        grid = sample_grid(np.zeros((16, 8, 8, 1), dtype=np.uint8), columns=4)
+        assert 10 < film.height - grid.height < 30
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from mini_ddpm.data import image_dataset
 from mini_ddpm.evaluation import evaluate as evaluate_module
 from mini_ddpm.evaluation import features as features_module
 from mini_ddpm.evaluation import metrics
-from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.evaluation.evaluate import EvaluateConfig, code_hash, evaluate, markdown_table
 from mini_ddpm.evaluation.features import (
     FeatureExtractor,
     extract_features,
@@ -44,6 +44,7 @@ from mini_ddpm.evaluation.features import (
     transformers_extractor,
 )
 from mini_ddpm.evaluation.metrics import (
+    compare_features,
     frechet_distance,
     kernel_distance,
     memorization,
@@ -142,6 +143,34 @@ def test_kernel_distance_is_about_zero_for_one_distribution():
     x, y = gaussian(10_000, 4), gaussian(10_000, 4, seed=1)
     bias = 2 / 25 * float((((x * x).sum(1) / 4 + 1) ** 3 - ((x * y).sum(1) / 4 + 1) ** 3).mean())
     assert bias > 6 * error
+
+
+def test_defaults_of_metrics(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 10)
+    real, generated = gaussian(40, 3).float(), gaussian(50, 3, seed=1).float() * 0.9
+    assert (metrics.NEIGHBOURS, metrics.KID_SUBSETS) == (5, 100)
+    assert kernel_distance(real, generated) == kernel_distance(real, generated, 0)
+    figures = precision_recall_density_coverage(real, generated)
+    assert figures == precision_recall_density_coverage(real, generated, 5)
+    assert figures != precision_recall_density_coverage(real, generated, 4)
+    assert compare_features(real, generated) == compare_features(real, generated, 0)
+    assert [found.tolist() for found in nearest(real, real)] == [
+        found.tolist() for found in nearest(real, real, 1, without_self=False)
+    ]
+    assert nearest(real, real)[1].tolist() == list(range(40))  # each is its own
+
+
+def test_comparison_of_features_holds_every_figure(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 10)
+    real, generated = gaussian(40, 3).float(), gaussian(50, 3, seed=1).float() + 1
+    kid, kid_std = kernel_distance(real, generated, 5)
+    assert compare_features(real, generated, 5) == {
+        "frechet_distance": frechet_distance(real, generated),
+        "kid": 1000 * kid,
+        "kid_std": 1000 * kid_std,
+        **precision_recall_density_coverage(real, generated),
+    }
+    assert compare_features(real, generated, 6)["kid"] != 1000 * kid
 
 
 def test_kernel_distance_draws_its_subsets_from_the_seed_alone(monkeypatch):
@@ -357,6 +386,11 @@ def test_features_are_computed_once_and_in_parts(tmp_path, monkeypatch):
     images[13] ^= 1
     extract_features(images, extractor, "")
     assert sizes[11:] == [10]
+    monkeypatch.undo()
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path))
+    extract_features(random_images(1001, 1, 2, 2), extractor, "")
+    assert sizes[12:] == [250] * 4 + [1]
+    assert len(cached_files(tmp_path, "features")) == 3 + 3 + 1 + 2  # a thousand images in a file
 
 
 @pytest.mark.slow
@@ -655,6 +689,48 @@ def test_batch_size_does_not_change_an_image(parts, tmp_path, monkeypatch):
     assert np.abs(whole[1:] - whole[:-1]).max(axis=(1, 2, 3)).min() > 10
 
 
+def test_defaults(parts, tmp_path, monkeypatch):
+    assert vars(EvaluateConfig("x")) == {
+        "pipeline": "x",
+        "dataset_name": "ylecun/mnist",
+        "split": "test",
+        "other_split": None,
+        "train_split": "train",
+        "resolution": None,
+        "num_images": 10_000,
+        "num_inference_steps": (),
+        "schedulers": (),
+        "guidance_scale": None,
+        "guidance_interval": None,
+        "eta": 0.0,
+        "seed": 0,
+        "feature_extractor": "inception",
+        "inception": None,
+        "feature_dtype": "fp32",
+        "classifier": None,
+        "dtype": "fp32",
+        "batch_size": 250,
+        "torch_compile": False,
+        "device": "auto",
+        "output_dir": None,
+    }
+    assert [EvaluateConfig("x", split=split).floor_split for split in ("test", "train", "all")] == [
+        "train",
+        "test",
+        None,
+    ]
+    assert EvaluateConfig("x", other_split="all").floor_split == "all"
+    defaults = {"num_inference_steps": (), "schedulers": (), "classifier": None}
+    rows = evaluate(config(parts, tmp_path / "plain", "plain", **defaults))
+    assert same_settings(rows) == [("real", None, None), ("MiniDDIMScheduler", 20, None)]
+    assert rows[1]["eta"] == 0 and rows[1]["dtype"] == "fp32" and "class_accuracy" not in rows[0]
+
+    # Without a folder, results go into that of the pipeline, or, for a bundled one, to evaluation/NAME.
+    monkeypatch.chdir(tmp_path)
+    for pipeline, folder in ((str(tmp_path / "plain"), tmp_path / "plain"), ("mnist", Path("evaluation/mnist"))):
+        assert evaluate_module._default_output_dir(pipeline) == folder
+
+
 # ---- Results that are there already ---------------------------------------------------------------------------------
 
 
@@ -662,6 +738,50 @@ def test_same_command_again_draws_nothing(parts, measured, again):
     times = {file: file.stat().st_mtime_ns for file in cached_files(measured.cache)}
     assert evaluate(config(parts, again)) == measured.rows  # the seconds too: they are those of the drawing
     assert {file: file.stat().st_mtime_ns for file in cached_files(measured.cache)} == times
+
+
+METRICS = Path(metrics.__file__).read_text()
+WORDS_CHANGED = (
+    METRICS.replace('"""Distances and shares', '"""Reworded: distances and shares')
+    .replace('    """Find the k-th nearest', '    """Look for the k-th nearest')
+    .replace(
+        "    rank = k + without_self",
+        "    # The rank among all candidates.\n\n    rank = k + without_self  # at least 1",
+    )
+)
+CODE_CHANGED = {
+    "operator": METRICS.replace("distances < real_radii", "distances <= real_radii"),
+    "constant": METRICS.replace("NEIGHBOURS = 5", "NEIGHBOURS = 6"),
+    "default": METRICS.replace("k: int = 1,", "k: int = 2,"),
+    "text": METRICS.replace('"kid": 1000 * kid,', '"kernel": 1000 * kid,'),
+}
+
+
+def test_code_hash_ignores_words_and_sees_code(tmp_path):
+    def of(source):
+        (tmp_path / "metrics.py").write_text(source)
+        return code_hash(tmp_path / "metrics.py")
+
+    assert of(METRICS) == code_hash(Path(metrics.__file__)) and len(of(METRICS)) == 64
+    assert WORDS_CHANGED.count("\n") == METRICS.count("\n") + 2 and WORDS_CHANGED.count("Reworded") == 1
+    assert of(WORDS_CHANGED) == of(METRICS)
+    assert all(source != METRICS for source in CODE_CHANGED.values())
+    assert len({of(METRICS), *map(of, CODE_CHANGED.values())}) == 1 + len(CODE_CHANGED)
+
+
+def test_figures_are_computed_again_only_when_their_code_changed(parts, measured, again, tmp_path, monkeypatch):
+    cache = shutil.copytree(measured.cache, tmp_path / "cache")
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(cache))
+    before = cached_files(cache)
+    source = tmp_path / "metrics.py"
+    monkeypatch.setattr(metrics, "__file__", str(source))
+    source.write_text(WORDS_CHANGED)
+    evaluate(config(parts, again))
+    assert cached_files(cache) == before
+    source.write_text(CODE_CHANGED["operator"])
+    assert evaluate(config(parts, again)) == measured.rows  # the running code is the same
+    added = [file.parents[1].name for file in cached_files(cache) if file not in before]
+    assert sorted(added) == ["figures"] * 5 + ["radii"]
 
 
 def test_other_samplers_join_the_table(parts, measured, again):

@@ -1,4 +1,4 @@
-"""Pictures: where each tile lies, what a frame shows, and what cannot be drawn."""
+"""Pictures: the place of each tile, the content of each frame, and errors."""
 
 from __future__ import annotations
 
@@ -35,6 +35,28 @@ def test_default_grid_is_about_square_and_never_wider_than_its_images():
     assert sample_grid(flat_images(2), columns=10, scale=1).size == (GAP + 2 * (8 + GAP), GAP + 8 + GAP)
 
 
+def test_default_scale_is_two_and_default_grid_has_no_labels():
+    page = sample_grid(flat_images(4))
+    assert page == sample_grid(flat_images(4), None, columns=2, scale=2)
+    assert page.size == (GAP + 2 * (16 + GAP),) * 2
+    trajectory = torch.randn(3, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    film = denoising_film(trajectory)
+    assert film == denoising_film(trajectory, None, columns=2, scale=2) and len(film) == 3
+    assert denoising_film(trajectory, trajectory[1:])[0].width > 1.9 * film[0].width
+    assert denoising_film(trajectory, columns=1)[0].height > film[0].height
+    scheduler, images = MiniDDPMScheduler(), torch.zeros(1, 1, 28, 28)
+    strips = [
+        noising_strip(images, scheduler, generator=torch.Generator().manual_seed(0), **options)
+        for options in ({}, {"timesteps": [125, 250, 375, 500, 624, 749, 874, 999], "scale": 2})
+    ]
+    assert strips[0] == strips[1]
+
+
+def test_default_noise_is_random():
+    strips = [noising_strip(torch.zeros(1, 1, 8, 8), MiniDDPMScheduler()) for _ in range(2)]
+    assert strips[0] != strips[1]
+
+
 def test_pil_and_rgb_images_are_drawn_as_they_are():
     grey = [Image.fromarray(image[..., 0]) for image in flat_images(4)]
     assert sample_grid(grey) == sample_grid(flat_images(4))
@@ -63,11 +85,11 @@ def test_a_long_label_widens_its_column():
 @pytest.mark.parametrize(
     ("images", "arguments", "message"),
     [
-        (flat_images(0), {}, "no images"),
+        (flat_images(0), {}, "images is empty"),
         (flat_images(2, channels=2), {}, "grey or RGB"),
         (flat_images(2) / 255, {}, "float64"),
-        (flat_images(2), {"labels": ["1"]}, "1 labels for 2 images"),
-        (flat_images(2), {"columns": 0}, "columns"),
+        (flat_images(2), {"labels": ["1"]}, "labels holds 1 labels for 2 images"),
+        (flat_images(2), {"columns": 0}, "columns=0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(images, arguments, message):
@@ -101,7 +123,9 @@ def test_film_brings_the_scale_of_sigma_space_samplers_back():
 
 
 def test_film_refuses_predictions_of_another_trajectory():
-    with pytest.raises(ValueError, match="needs 2 predictions"):
+    with pytest.raises(
+        ValueError, match=r"pred_original_samples has the shape \(3, 1, 1, 8, 8\).*needs 2 predictions"
+    ):
         denoising_film(torch.zeros(3, 1, 1, 8, 8), torch.zeros(3, 1, 1, 8, 8))
 
 
@@ -109,9 +133,25 @@ def test_film_refuses_predictions_of_another_trajectory():
 def test_film_is_written_with_every_frame_and_repeats(tmp_path, suffix):
     trajectory = torch.linspace(-1, 1, 5)[:, None, None, None, None].expand(5, 1, 1, 8, 8)
     save_film(denoising_film(trajectory), tmp_path / f"film{suffix}", seconds=1)
+    assert durations(tmp_path / f"film{suffix}") == [200] * 4 + [2000]
     with Image.open(tmp_path / f"film{suffix}") as film:
         assert film.n_frames == 5
         assert film.info["loop"] == 0
+    save_film(denoising_film(trajectory), tmp_path / f"slow{suffix}")
+    assert durations(tmp_path / f"slow{suffix}") == [800] * 4 + [2000]
+    save_film(denoising_film(trajectory), tmp_path / f"fast{suffix}", seconds=0.01)
+    assert durations(tmp_path / f"fast{suffix}") == [20] * 4 + [2000]  # browsers slow down shorter frames
+
+
+def durations(file) -> list[int]:
+    """The duration of each frame of a film, in milliseconds."""
+    with Image.open(file) as film:
+        found = []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            film.load()
+            found.append(film.info["duration"])
+    return found
 
 
 def test_noising_strip_begins_clean_and_ends_in_noise():

@@ -51,8 +51,9 @@ def cached(folder: Path, key: list[Any], compute: Callable[[], Arrays]) -> Array
     """Return the arrays stored in `folder` under a hash of `key`; if there are none, compute and store them."""
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = folder / digest[:2] / f"{digest}.npz"
-    if file.is_file():  # a damaged file is computed again
-        with contextlib.suppress(ValueError, OSError, zipfile.BadZipFile), np.load(file) as arrays:
+    damaged = (ValueError, OSError, EOFError, zipfile.BadZipFile)
+    if file.is_file():
+        with contextlib.suppress(*damaged), file.open("rb") as stream, np.load(stream) as arrays:
             return dict(arrays)
     computed = compute()
     with atomic_write(file) as temporary:
