@@ -1,8 +1,8 @@
-"""Every equation of sampling, written out in a dozen lines, beside the pipeline that does the same.
+"""All equations of DDIM sampling in a dozen lines, compared with the pipeline.
 
     python examples/every_equation.py
 
-draws four digits twice, by hand and with the pipeline, and shows that the images are equal.
+draws four digits by hand and with the pipeline, and prints the largest difference between the images.
 """
 
 import math
@@ -14,7 +14,7 @@ from mini_ddpm.plots import sample_grid
 
 
 def alpha_bar(t: int, T: int, s: float = 0.008) -> float:
-    """ᾱ_t of the cosine schedule: how much of the image is left at timestep t (Improved DDPM, eq. 17)."""
+    """Return ᾱ_t of the cosine schedule (arXiv 2102.09672, eq. 17): x_t holds √ᾱ_t of the image."""
 
     def f(u: float) -> float:
         return math.cos((u + s) / (1 + s) * math.pi / 2) ** 2
@@ -27,20 +27,20 @@ def alpha_bar(t: int, T: int, s: float = 0.008) -> float:
 
 @torch.no_grad()
 def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "every_equation.png") -> float:
-    """Draw by hand and with the pipeline; return the largest difference of a pixel in [0, 1]."""
+    """Draw by hand and with the pipeline; return the largest difference between two pixels in [0, 1]."""
     pipe = load_pipeline(pipeline)
     T, n = pipe.scheduler.config.num_train_timesteps, num_inference_steps
-    c = pipe.scheduler.config.clip_sample_range  # pixels are in [-1, 1]; black may have been learned as a bit less
+    c = pipe.scheduler.config.clip_sample_range  # pixels are in [-1, 1]; saturation_margin trains black below -1
     x_T = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
     x = x_T
     timesteps = [round(i * T / n) - 1 for i in range(n, 0, -1)]
     for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
         a, a_next = alpha_bar(t, T), alpha_bar(t_next, T)  # ᾱ_{-1} = 1: the clean image
-        v = pipe.unet(x, t).sample  # the network predicts the velocity v = √ᾱ ε - √(1-ᾱ) x_0 (2202.00512, app. D)
+        v = pipe.unet(x, t).sample  # the velocity v = √ᾱ ε - √(1-ᾱ) x_0 (arXiv 2202.00512, app. D)
         x_0 = (math.sqrt(a) * x - math.sqrt(1 - a) * v).clamp(-c, c)  # solved for x_0
         epsilon = (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)  # x_t = √ᾱ x_0 + √(1-ᾱ) ε, solved for ε
-        x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (2010.02502, eq. 12)
+        x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (arXiv 2010.02502, eq. 12)
 
     by_hand = (x / 2 + 0.5).clamp(0, 1)
     by_pipeline = pipe(batch_size=4, num_inference_steps=n, latents=x_T, output_type="pt").images

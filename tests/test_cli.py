@@ -459,7 +459,7 @@ def test_train_makes_a_pipeline_that_sample_draws_from(tmp_path, capsys):
     drawn = arrays(tmp_path, str(run_folder), "--class-labels", "class-1")
     assert drawn["class_labels"].tolist() == [1] and drawn["images"].shape == (1, 8, 8, 1)
     card = (run_folder / "README.md").read_text()
-    assert "2 steps of AdamW with 4 images each" in card and "](samples/epoch-0002.png)" in card
+    assert "2 steps of AdamW with a batch size of 4" in card and "](samples/epoch-0002.png)" in card
     assert str(tmp_path) not in card and "Training data" not in card  # do not publish local paths
 
 

@@ -1,4 +1,4 @@
-"""The examples run, small, and show what they say."""
+"""The examples, run at a small size, give the results that they state."""
 
 import importlib.util
 from pathlib import Path
