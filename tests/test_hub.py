@@ -19,6 +19,7 @@ from conftest import READ_TOKEN, TOKEN
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, errors
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_remote_code import DIGITS, PRELUDE, commit, draw
 
 import mini_ddpm
@@ -226,6 +227,43 @@ def test_card_of_a_distilled_pipeline(run_folder):
     for text, papers in ((plain, always), (card, always | {"2010.02502", "2303.09556", "2210.03142"})):
         assert set(re.findall(r"\[arXiv:([\d.]+)\]\(https://arxiv.org/abs/\1\)", text)) == papers
         assert {tag.removeprefix("arxiv:") for tag in ModelCard(text).data.tags if "arxiv" in tag} == papers
+
+
+def test_card_cites_progressive_distillation_for_either_reason(run_folder):
+    facts = read_facts(run_folder)
+    for steps, is_cited in (({}, False), ({"default_num_inference_steps": 4}, True)):
+        card = render_card(facts | {"model": facts["model"] | {"prediction_type": "epsilon"} | steps})
+        assert ("2202.00512" in card) is is_cited and "2006.11239" in card
+
+
+def test_dataset_of_an_evaluation(run_folder):
+    """A record without a dataset is of the training dataset. Without that, the metadata leave it out."""
+    facts = read_facts(run_folder) | {"evaluation": [{"metric": "kid", "value": 1.5}]}
+    for training, expected, line in (
+        ({"dataset": "user/data"}, ["user/data"], "| kid on user/data | 1.5 |  |"),
+        ({}, [], "| kid | 1.5 |  |"),
+    ):
+        card = render_card(facts | {"training": training})
+        assert [result.dataset_type for result in ModelCard(card).data.eval_results or []] == expected and line in card
+    facts["evaluation"][0]["dataset"] = "user/other"
+    card = render_card(facts | {"training": {"dataset": "user/data"}})
+    assert "| kid on user/other |" in card and ModelCard(card).data.datasets == ["user/data", "user/other"]
+
+
+def test_facts_of_the_weights(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    half = {key: tensor.half() for key, tensor in tensors.items()}
+    save_file(half, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    facts = read_facts(folder)["model"]  # of the weights without a variant, where there are both
+    assert facts["parameters"] == count > 0 and facts["dtype"] == "float32"
+    first = next(iter(tensors))
+    for content in (tensors | {first: half[first]}, {key: tensor.double() for key, tensor in tensors.items()}):
+        save_file(content, weights)
+        facts = read_facts(folder)["model"]  # mixed, or unusual
+        assert facts["parameters"] == count and "dtype" not in facts
 
 
 @pytest.mark.parametrize(
