@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,19 +95,11 @@ def test_default_ignores_other_processes(pipe, calls, monkeypatch):
     assert len(images) == 4 and calls == [2, 2]
 
 
-def test_progress_bar_has_the_title(pipe, monkeypatch):
-    shown = []
-    monkeypatch.setattr("mini_ddpm.sampling.tqdm", lambda **options: shown.append(options) or FakeBar())
-    draw(pipe, 3, ONE_STEP, batch_size=2)
-    draw(pipe, 3, ONE_STEP, batch_size=2, title="Digits")
-    draw(pipe, 3, ONE_STEP, batch_size=3)
-    assert [bar["desc"] for bar in shown] == ["Drawing", "Digits", "Drawing"]
-    assert [bar["disable"] for bar in shown] == [None, None, True]  # None: only on a terminal; one batch needs no bar
-    assert {bar["total"] for bar in shown} == {3}
+class RecordedBar:
+    """A progress bar that shows nothing and keeps what it was given."""
 
-
-class FakeBar:
-    n = 0
+    def __init__(self, **options):
+        self.n, self.options = 0, options
 
     def __enter__(self):
         return self
@@ -116,6 +109,59 @@ class FakeBar:
 
     def update(self, count):
         self.n += count
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    made = []
+    monkeypatch.setattr("mini_ddpm.sampling.tqdm", lambda **options: made.append(RecordedBar(**options)) or made[-1])
+    return made
+
+
+def test_progress_bar_counts_all_images(pipe, bars, tmp_path):
+    draw(pipe, 3, ONE_STEP, batch_size=2)
+    draw(pipe, 3, ONE_STEP, batch_size=2, title="Digits")
+    draw(pipe, 3, ONE_STEP, batch_size=3)
+    draw(pipe, 5, ONE_STEP, batch_size=1, shard_size=2, folder=tmp_path)
+    draw(pipe, 7, ONE_STEP, batch_size=1, shard_size=2, folder=tmp_path)  # the first two shards are there
+    assert [bar.options["desc"] for bar in bars] == ["Drawing", "Digits", "Drawing", "Drawing", "Drawing"]
+    # None shows it on a terminal only; one batch needs no bar.
+    assert [bar.options["disable"] for bar in bars] == [None, None, True, None, None]
+    assert [bar.options["total"] for bar in bars] == [bar.n for bar in bars] == [3, 3, 3, 5, 7]
+
+
+def test_processes_draw_a_share_each_and_rank_0_collects(pipe, bars, calls, tmp_path, monkeypatch):
+    """The second process runs first, so that the first finds its shards."""
+    waited = []
+    state = SimpleNamespace(wait_for_everyone=lambda: waited.append(1))
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: waited.append(cpu) or state)
+    options = {"batch_size": 2, "shard_size": 2, "folder": tmp_path, "shared": True}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    images, seconds, evaluations = draw(pipe, 7, ONE_STEP, **options)
+    assert images.shape == (0,) and images.dtype == torch.uint8 and (seconds, evaluations) == (0, 0)
+    assert calls == [2, 1] and waited == [True, 1]  # images 2, 3 and 6
+    monkeypatch.setenv("RANK", "0")
+    images, seconds, evaluations = draw(pipe, 7, ONE_STEP, **options)
+    assert calls == [2, 1, 2, 2] and waited == [True, 1] * 2
+    assert [(bar.options["total"], bar.n, bar.options["disable"]) for bar in bars] == [(3, 3, True), (4, 4, None)]
+    assert evaluations == 1
+    costs = []
+    for file in tmp_path.glob("*/*.npz"):
+        with np.load(file) as arrays:
+            costs.append(arrays["cost"].tolist())
+    assert len(costs) == 4 and seconds == pytest.approx(sum(cost[0] for cost in costs))
+    monkeypatch.undo()
+    assert torch.equal(images, draw(pipe, 7, ONE_STEP, batch_size=2, shard_size=2)[0])
+
+
+def test_shards_of_earlier_versions_are_found(pipe, tmp_path):
+    """The name of a shard is a hash of this list; another list would make every finished image be drawn again."""
+    draw(pipe, 3, ONE_STEP, seed=5, shard_size=2, folder=tmp_path)
+    settings = [weights_hash(pipe), "MiniDDIMScheduler", config_json(pipe.scheduler), ONE_STEP, "fp32", "cpu"]
+    keys = [[*settings, 5, 2, None], [*settings, 7, 1, None]]
+    names = {hashlib.sha256(json.dumps(key).encode()).hexdigest() for key in keys}
+    assert {file.stem for file in tmp_path.glob("*/*.npz")} == names
 
 
 def test_stored_shards_are_drawn_once_and_only_for_the_same_call(pipe, tiny_unet, calls, tmp_path):
