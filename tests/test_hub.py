@@ -299,6 +299,7 @@ def test_facts_of_a_training_run(run_folder, tmp_path, monkeypatch, config, expe
         ("evaluation.json", "{}", "must hold a JSON list"),
         ("evaluation.json", '[{"metric": "fid"}]', "record 0 needs a `metric`"),
         ("facts.json", "{", "is not valid JSON"),
+        ("facts.json", "[]", "must hold a JSON object"),
     ],
 )
 def test_facts_that_cannot_be_read(run_folder, tmp_path, name, content, message):
@@ -400,6 +401,35 @@ def test_paths_and_pickles(tiny_unet, tmp_path, caplog):
 )
 def test_replacement_key(name, key):
     assert replacement_key(name) == key
+
+
+@pytest.mark.parametrize(
+    "unet",
+    [["diffusers", "UNetOfTheFuture"], ["their_unet", "UNet2DModel"], ["their_unet_0123abcd", "MiniUNet2DModel"]],
+)
+def test_components_of_unknown_classes(run_folder, tmp_path, unet):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": unet}))
+    message = (
+        f"the component 'unet' has an unknown class, {unet[1]!r} of {unet[0]!r}. It must be a class of diffusers or"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mini_ddpm.load_pipeline(folder)
+
+
+def test_weights_of_the_requested_variant_are_checked(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    half = weights.with_name("diffusion_pytorch_model.fp16.safetensors")
+    half.write_bytes(weights.read_bytes()[:-100])
+    mini_ddpm.load_pipeline(folder)
+    with pytest.raises(ValueError, match="fp16.safetensors is truncated or corrupt"):
+        mini_ddpm.load_pipeline(folder, variant="fp16")
+    half.unlink()  # without the variant, diffusers reads the other weights
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is truncated or corrupt"):
+        mini_ddpm.load_pipeline(folder, variant="fp16")
 
 
 # ---- Push and pull through every door -----------------------------------------------------------------------------
@@ -680,10 +710,13 @@ def test_errors_of_the_hub_in_one_line(monkeypatch, kind, status, message):
         raise error
     assert "\n" not in str(bare.value) and bare.value.__cause__ is error
     with pytest.raises(OSError) as wrapped, explain():
+        raise OSError("The pipeline is not fully cached locally") from error
+    assert str(wrapped.value) == str(bare.value)
+    with pytest.raises(OSError) as wrapped, explain():
         try:
             raise error
         except kind:
-            raise OSError("The pipeline is not fully cached locally") from error
+            raise OSError("The pipeline is not fully cached locally")  # noqa: B904
     assert str(wrapped.value) == str(bare.value)
 
 
@@ -808,6 +841,10 @@ api.upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_
 mini_ddpm.load_pipeline(folder).push_to_hub("user/cli")
 out["kept"] = open(api.hf_hub_download("user/cli", "README.md")).read() == edited
 out["back"] = draw(mini_ddpm.load_pipeline("user/cli"))
+
+# In a folder of the repository, without a card. The second push replaces the first there, and nothing at the root.
+mini_ddpm.load_pipeline(folder).push_to_hub("user/cli", subfolder="some/folder")
+mini_ddpm.load_pipeline(folder).push_to_hub("user/cli", subfolder="some/folder/", max_shard_size="20KB")
 print(json.dumps(out))
 """
     )
@@ -819,6 +856,13 @@ print(json.dumps(out))
     assert "By hand" in loopback_hub.messages
     assert "## Evaluation" not in result["ours"] and result["kept"]
     assert result["back"] == draw(mini_ddpm.load_pipeline(run_folder))
+    files = loopback_hub.files("user/cli")
+    inside = {name.removeprefix("some/folder/") for name in files if name.startswith("some/folder/")}
+    root = {name for name in files if not name.startswith("some/")}
+    assert "README.md" not in inside and "README.md" in root and "model_index.json" in inside & root
+    weights = {"unet/diffusion_pytorch_model.safetensors"}
+    assert root - inside == {".gitattributes", "README.md"} | weights
+    assert all("-of-" in name or name.endswith(".index.json") for name in inside - root) and len(inside - root) > 2
 
 
 def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_process):
