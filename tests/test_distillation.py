@@ -17,7 +17,7 @@ from mini_ddpm import (
     MiniDDPMPipeline,
     load_pipeline,
 )
-from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, distill
+from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, _estimate, distill
 from mini_ddpm.training.loss import compute_loss, saturate
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -148,6 +148,88 @@ def test_a_teacher_that_cannot_teach(tiny_unet):
         DDIMTeacher(MiniDDPMPipeline(unet, leading), 7)
 
 
+def test_without_options_a_teacher_is_neither_guided_nor_saturated(tiny_unet):
+    pipe = MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDIMScheduler(prediction_type="v_prediction"))
+    teacher = DDIMTeacher(pipe, 4)
+    teacher.prepare(torch.device("cpu"), compiled=False)
+    explicit = DDIMTeacher(pipe, 4, 1.0, (0.0, 1.0), (0.0, False, False))
+    explicit.prepare(torch.device("cpu"), compiled=False)
+    images, noise = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = (images, noise, teacher.timesteps, torch.tensor([3, 0, 1, 10]))
+    assert torch.equal(teacher(*batch)[0], explicit(*batch)[0])
+    assert teacher.run_settings == explicit.run_settings
+    assert teacher.run_settings == {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "guidance_interval": (0.0, 1.0),
+    }
+    assert teacher.pipeline_defaults == {"default_num_inference_steps": 4, "default_guidance_scale": 1.0}
+    assert teacher.snr_floor == 1.0
+
+
+# ---- how long it will take ---------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that networks advance by a time per image; the first two batches take `warm_up` longer."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def time_network(self, unet, seconds, warm_up=0.0):
+        def evaluate(module, args):
+            self.now += seconds * len(args[0]) + (warm_up if len(self.calls) < 2 else 0.0)
+            autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            self.calls.append((len(args[0]), module.training, autocast))
+
+        unet.register_forward_pre_hook(evaluate)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "teacher_images", "precision", "autocast"),
+    [
+        (None, 16, "no", None),
+        (1.0, 16, "bf16", torch.bfloat16),
+        (2.0, 32, "fp16", torch.float16),
+        (2.0, 32, "auto", None),
+    ],
+)
+def test_the_estimate_adds_up_what_is_left(
+    tiny_unet, monkeypatch, tmp_path, guidance, teacher_images, precision, autocast
+):
+    clock, unets = Clock(), []
+    monkeypatch.setattr("mini_ddpm.training.distill.time.perf_counter", lambda: clock.now)
+    for _ in range(2):
+        unets.append(tiny_unet(sample_size=(8, 12), **({"num_class_embeds": None} if guidance is None else {})))
+    teacher_unet, student_unet = unets
+    clock.time_network(teacher_unet, 1.0, warm_up=1e6)  # the estimate leaves out the first batch
+    clock.time_network(student_unet, 0.5)
+    kind = MiniDDPMPipeline if guidance is None else MiniDDPMClassConditionalPipeline
+    pipe = kind(teacher_unet, MiniDDIMScheduler(prediction_type="v_prediction"))
+    teacher = DDIMTeacher(pipe, 8, guidance or 1.0)
+    config = DistillConfig(
+        "mnist",
+        output_dir=tmp_path,
+        images_per_round=2400,
+        train_batch_size=4,
+        gradient_accumulation_steps=3,
+        device="cpu",
+        mixed_precision=precision,
+    )
+    rounds = [config.train_config("mnist", steps, 0.1, guidance is not None) for steps in (8, 4, 2, 1)]
+    assert [train_config.max_train_steps for train_config in rounds] == [200, 200, 400, 400]
+    for checkpoint in ("steps-8/checkpoint-100", "steps-8/checkpoint-150", "steps-2/checkpoint-50"):
+        (tmp_path / checkpoint).mkdir(parents=True)
+    seconds = _estimate(config, student_unet, teacher, rounds)
+
+    # An optimizer step sees twelve images, each twice through the teacher and once through the student.
+    first, later = 2 * teacher_images / 16 + 0.5, 2 + 0.5
+    assert seconds == pytest.approx(12 * (50 * first + (200 + 350 + 400) * later))
+    evaluations = [(teacher_images, False, autocast)] * 2 + [(16, True, autocast)]
+    unguided = [(16, False, autocast)] * 2 + [(16, True, autocast)]
+    assert clock.calls == 2 * evaluations + 2 * unguided
+
+
 # ---- whole runs ----------------------------------------------------------------------------------------------
 
 
@@ -270,7 +352,8 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
         pipe.save_pretrained(again)
         assert load_pipeline(again).config["default_num_inference_steps"] == steps
         card = (again / "README.md").read_text()
-        assert f"is drawn in {steps} steps" in card and "2210.03142" in card and "images = pipe([0, 1]).images" in card
+        assert f"| Distilled | steps per image: {steps}, with one network evaluation each; guidance is" in card
+        assert "2210.03142" in card and "images = pipe([0, 1]).images" in card
 
     # A student can be a teacher, of half its own steps and of nothing else.
     alone = {"teacher": str(folders[-1]), "rounds": None, "saturate": False}
@@ -293,7 +376,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     command += ["--device", "cpu", "--mixed-precision", "no"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("distilled; draw from it with") == 1
+    assert done.stdout.count("distillation finished. Draw images with: mini-ddpm sample") == 1
     sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 1, 0])
     predictions = [load_pipeline(folder).unet(sample, timesteps, labels).sample for folder in (one, two / "steps-2")]
     torch.testing.assert_close(*predictions, atol=1e-3, rtol=0)
@@ -326,6 +409,9 @@ def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
 
     with pytest.raises(ValueError, match=r"holds a run with guidance_scale=1.5, not 3.0"):
         distill(dataclasses.replace(config, guidance_scale=3.0))
+    # A round is not resumed as a training without a teacher either.
+    with pytest.raises(ValueError, match=r"holds a run with num_inference_steps=4, not None"):
+        train(config.train_config(config.teacher, 4, 0.1, True))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from mini_ddpm import (
 )
 from mini_ddpm.data import image_dataset
 from mini_ddpm.pipelines.pipeline_base import DEFAULT_NUM_INFERENCE_STEPS
-from mini_ddpm.training.batches import image_ids, noise_batch
+from mini_ddpm.training.batches import image_batches, image_ids, noise_batch
 from mini_ddpm.training.checkpoints import claim_folder, truncate_log
 from mini_ddpm.training.loss import beyond_saturation, compute_loss, saturated_ends
 from mini_ddpm.training.train import TrainConfig, _new_model, train
@@ -160,10 +160,21 @@ def process(index, of):
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order():
-    stream = torch.cat(list(image_ids(process(0, 1), 0, 10, 4, range(5))))
-    first, second = stream[:10], stream[10:]
-    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
-    assert first.tolist() != second.tolist()
+    for count in (10, 7):  # epochs that end between two batches, and within one
+        stream = torch.cat(list(image_ids(process(0, 1), 0, count, 4, range(count))))
+        epochs = stream.split(count)
+        assert [epoch.sort().values.tolist() for epoch in epochs] == 4 * [list(range(count))]
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+
+
+def test_draws_are_those_of_earlier_versions():
+    # An interrupted run of an earlier version continues with what it would have drawn.
+    assert next(image_ids(process(0, 1), 7, 10, 10, range(3, 4))).tolist() == [3, 7, 8, 1, 0, 2, 9, 5, 4, 6]
+    noise, timesteps, labels = noise_batch(
+        process(0, 1), 7, 3, torch.arange(1000), torch.zeros(4, 1, 1, 1), torch.arange(4), 4, 0.5
+    )
+    assert (timesteps.tolist(), labels.tolist()) == ([347, 597, 847, 97], [4, 4, 2, 4])
+    assert noise.flatten().tolist() == pytest.approx([0.129073, -0.782812, 0.858112, -0.742872], abs=1e-6)
 
 
 def test_processes_share_the_batch_of_one():
@@ -193,6 +204,37 @@ def test_seed_and_step_decide_what_is_drawn():
         noise, timesteps, _, ids = drawn(seed, step)
         assert not torch.equal(noise, first[0])
         assert not torch.equal(timesteps, first[1]) and not torch.equal(ids, first[3])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(
+    ("width", "cache", "is_cached"),
+    [
+        (8, True, True),
+        (8, False, False),
+        (8, None, True),
+        (124_999_999, None, True),  # times 16 pictures: just less than 2 GB
+        (125_000_000, None, False),
+        (125_000_000, True, True),
+    ],
+)
+def test_batches_are_the_images_of_their_indices(pictures, tmp_path, monkeypatch, labelled, width, cache, is_cached):
+    if not labelled:
+        for path in pictures.rglob("*.png"):
+            shutil.copyfile(path, tmp_path / path.name)
+    dataset = image_dataset(pictures if labelled else tmp_path)
+    images, labels = dataset.stack(progress=False)
+    stacked = []
+    monkeypatch.setattr(dataset, "stack", lambda progress: stacked.append(progress) or (images, labels))
+    if width != 8:
+        monkeypatch.setattr(dataset, "shape", (1, 1, width))
+        monkeypatch.setattr(type(dataset), "pixels", lambda self, index: images[index].numpy())
+    ids = [torch.tensor([3, 1, 8]), torch.tensor([15, 1, 0])]
+    batches = list(image_batches(dataset, iter(ids), torch.device("cpu"), cache, 0, progress=False))
+    assert stacked == [False] * is_cached
+    for batch, (of_batch, its_labels) in zip(ids, batches, strict=True):
+        assert torch.equal(of_batch, images[batch] / 127.5 - 1)
+        assert torch.equal(its_labels, labels[batch]) if labelled else its_labels is None
 
 
 def test_timesteps_are_stratified_and_labels_dropped():
@@ -278,6 +320,7 @@ def test_ten_steps_and_ten_more_are_twenty(config, capsys):
 
 
 def test_reading_images_as_they_are_needed_changes_nothing(config):
+    config = dataclasses.replace(config, class_conditional=True)
     cached = train(dataclasses.replace(config, max_train_steps=10))
     read = train(
         dataclasses.replace(
@@ -485,11 +528,33 @@ def test_pixels_at_the_ends_are_moved_beyond_them():
 def test_the_ends_are_those_that_a_share_of_the_pixels_has(tmp_path):
     pixels = np.zeros((10, 10), dtype=np.uint8)
     pixels[0] = 253  # a tenth; MNIST's strokes are so
+    pixels[1] = 2
     Image.fromarray(pixels).save(tmp_path / "0.png")
     dataset = image_dataset(str(tmp_path), "train")
     assert saturated_ends(dataset) == (True, False)
     assert saturated_ends(dataset, tolerance=5) == (True, True)
     assert saturated_ends(dataset, tolerance=5, share=0.2) == (True, False)
+    for tolerance, black, white in ((0, 0.8, 0.0), (1, 0.8, 0.0), (2, 0.9, 0.1)):  # the shares exactly, and above them
+        assert saturated_ends(dataset, tolerance, black)[0] and not saturated_ends(dataset, tolerance, black + 0.01)[0]
+        assert saturated_ends(dataset, tolerance, white)[1] and not saturated_ends(dataset, tolerance, white + 0.01)[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "read"), [(1000, range(1000)), (1001, range(0, 1001, 2)), (2500, range(0, 2500, 3))]
+)
+def test_the_ends_are_looked_for_in_up_to_a_thousand_pictures(count, read):
+    class Pictures:
+        indices = []
+
+        def __len__(self):
+            return count
+
+        def pixels(self, index):
+            self.indices.append(index)
+            return np.zeros((1, 2, 2), dtype=np.uint8)
+
+    assert saturated_ends(Pictures()) == (True, False)
+    assert Pictures.indices == list(read)
 
 
 def test_black_comes_out_black(config, tmp_path):
