@@ -43,33 +43,25 @@ class SampleConfig:
     pipeline: tyro.conf.Positional[str | None] = None
     """Bundled name, folder, or Hub repository. Default: mnist-distilled (four steps); mnist-class-conditional if you
     set steps, scheduler, eta, guidance, or write a film."""
-
     revision: str | None = None
     """Branch, tag, commit or refs/pr/N of a Hub repository. Default: main."""
-
     class_labels: tuple[str, ...] = ()
     """Classes to draw, by name or number, e.g. 3 1 4. With --num-images they repeat. Default: all classes."""
-
     num_images: int | None = None
     """Number of images. Default: one per label in --class-labels, else 10 per class (2 in a film); without classes 64
     (16)."""
 
     num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
     """Denoising steps. Default: a distilled pipeline's own step count, else 20."""
-
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
-
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two shares of the steps, e.g. 0.35 0.6; 0 is noise, 1 is the image. Default: every
     step."""
-
     eta: float = 0.0
     """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM."""
-
     scheduler: Annotated[str | None, tyro.conf.arg(metavar="ddpm|ddim|dpmsolver++|unipc|euler|euler-ancestral")] = None
     """Sampler. Default: the pipeline's own."""
-
     seed: int = 0
     """Image i is drawn from seed + i, so it does not depend on --num-images or --batch-size."""
 
@@ -77,16 +69,12 @@ class SampleConfig:
     """Number of images drawn at once (a film draws all at once). Lower it if memory runs out. Finished batches are
     saved, so an interrupted command resumes when run again. `accelerate launch -m mini_ddpm sample` splits them among
     processes."""
-
     device: str = "auto"
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps."""
-
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the network. bf16 is faster on processors with native bf16."""
-
     torch_compile: bool = False
     """Compile the network. Takes a minute on a CPU and pays off above a few thousand images."""
-
     out: Path = Path("samples.png")
     """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
 
@@ -233,10 +221,8 @@ class CardConfig:
 
     pipeline: tyro.conf.Positional[str]
     """Bundled name, or folder."""
-
     out: Path | None = None
     """Folder for README.md, facts.json and the picture. Default: print the card."""
-
     repo_id: str | None = None
     """Hub repository of the card, user/name. Default: the card refers to a local folder."""
 
@@ -262,22 +248,16 @@ class PushConfig:
 
     folder: tyro.conf.Positional[str]
     """Folder, such as that of a training run, or bundled name."""
-
     repo_id: tyro.conf.Positional[str]
     """Hub repository, user/name. It is created if it does not exist."""
-
     private: bool = False
     """Make a new repository private."""
-
     revision: str | None = None
     """Branch to push to. It is created if it does not exist. Default: main."""
-
     create_pr: bool = False
     """Open a pull request instead of pushing to the branch."""
-
     message: str | None = None
     """Title of the commit. Default: a generated one."""
-
     dry_run: bool = False
     """List the files and their sizes; push nothing."""
 
@@ -311,7 +291,6 @@ class VerifyConfig:
 
     repo_id: tyro.conf.Positional[str]
     """Hub repository, user/name."""
-
     revision: str | None = None
     """Branch, tag or commit. Default: main."""
 

@@ -183,6 +183,13 @@ def test_numbers_of_images(tmp_path, conditional, unconditional):
     assert "class_labels" not in plain and plain["seeds"].tolist() == list(range(64))
 
 
+@pytest.mark.parametrize(("classes", "columns"), [(20, 20), (21, None)])
+def test_a_column_for_each_of_up_to_twenty_classes(classes, columns):
+    pipe = MiniDDPMClassConditionalPipeline(tiny_unet(num_class_embeds=classes + 1), MiniDDIMScheduler())
+    labels, names, found = mini_ddpm_cli._labels(pipe, (), None, 2)
+    assert labels == list(range(classes)) * 2 and names == [str(label) for label in labels] and found == columns
+
+
 @pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
 def test_an_image_depends_on_its_seed_alone(tmp_path, unconditional, scheduler):
     sampler = ("--scheduler", scheduler, "--eta", 1.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
 from mini_ddpm import MiniDDPMScheduler
 from mini_ddpm.plots import denoising_film, noising_strip, sample_grid, save_film
@@ -79,7 +81,18 @@ def test_labels_are_written_once_per_column_where_they_agree():
 
 def test_a_long_label_widens_its_column():
     images = flat_images(2, size=8)
-    assert sample_grid(images, ["ankle boot", "bag"]).width > sample_grid(images, ["a", "b"]).width
+    wide = sample_grid(images, ["ankle boot", "bag"], scale=1)
+    assert wide.width > sample_grid(images, ["a", "b"], scale=1).width
+    length = math.ceil(ImageFont.load_default(size=10).getlength("ankle boot"))
+    assert wide.width == GAP + 2 * (length + 3 * GAP + GAP)  # room between two labels
+
+
+def test_labels_touch_no_image():
+    images = flat_images(6, size=28)
+    for labels in (["g", "j", "y"] * 2, list("gjyqpg")):  # letters that reach below the line
+        page, plain = (np.asarray(sample_grid(images, chosen, columns=3)) for chosen in (labels, None))
+        for i in range(6):
+            assert (page == 10 * (i + 1)).all(-1).sum() == (plain == 10 * (i + 1)).all(-1).sum() == 56**2
 
 
 @pytest.mark.parametrize(

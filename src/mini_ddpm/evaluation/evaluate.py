@@ -261,11 +261,7 @@ def code_hash(file: Path) -> str:
 
 
 def _open_splits(config: EvaluateConfig, pipe: Any) -> dict[str, ImageDataset]:
-    """Open the splits of real images by name, the reference first. Only splits that `config` names are required.
-
-    Raises:
-        ValueError: A required split is missing, or its images differ in shape from those of the pipeline.
-    """
+    """Open the splits of real images by name, the reference first; check their shape against the pipeline's."""
     reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
     channels, height, width = reference.shape
     if channels != pipe.unet.config.in_channels:
@@ -314,27 +310,21 @@ def _publishable_name(dataset_name: str) -> str:
     return path.resolve().name if path.is_absolute() or dataset_name.startswith(".") else dataset_name
 
 
-def _cached_figures(
-    key: list[Any], reference_features: torch.Tensor, features: torch.Tensor, seed: int
-) -> dict[str, float]:
+def _cached_figures(key: list[Any], real: torch.Tensor, generated: torch.Tensor, seed: int) -> dict[str, float]:
     """Return the figures that compare two sets of features, to six digits, out of the cache where possible."""
 
     def compute() -> Arrays:
-        figures = metrics.compare_features(reference_features, features, seed)
-        return {name: np.array(value) for name, value in figures.items()}
+        return {name: np.array(value) for name, value in metrics.compare_features(real, generated, seed).items()}
 
     stored = cached(cache_folder() / "figures", key, compute)
     return {name: float(f"{float(value):.6g}") for name, value in stored.items()}
 
 
-def _cached_radii(train_images: torch.Tensor, metrics_hash: str) -> torch.Tensor:
-    """Return the pixel radii of the training images, out of the cache where possible."""
-
-    def compute() -> Arrays:
-        return {"radii": metrics.pixel_radii(train_images).numpy()}
-
-    key = [images_hash(train_images), metrics_hash]
-    return torch.from_numpy(cached(cache_folder() / "radii", key, compute)["radii"])
+def _cached_radii(images: torch.Tensor, metrics_hash: str) -> torch.Tensor:
+    """Return the pixel radii of images, out of the cache where possible."""
+    key = [images_hash(images), metrics_hash]
+    stored = cached(cache_folder() / "radii", key, lambda: {"radii": metrics.pixel_radii(images).numpy()})
+    return torch.from_numpy(stored["radii"])
 
 
 def _random_indices(count: int, config: EvaluateConfig) -> torch.Tensor:
@@ -342,21 +332,17 @@ def _random_indices(count: int, config: EvaluateConfig) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))[: config.num_images]
 
 
-def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the class of each image to draw, (num_images,); `None` for an unconditional pipeline.
-
-    The classes have the frequencies of the reference. If its labels are unknown or no classes of the pipeline, all
-    classes are equally frequent.
-    """
+def _labels_to_draw(config: EvaluateConfig, pipe: Any, reference: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the class of each image to draw: as frequent as in the reference, else all equally frequent."""
     if not hasattr(pipe, "get_label_ids"):
         return None
     classes: int = pipe.unet.config.num_class_embeds - 1  # the last label is the null label
-    if reference_labels is None or int(reference_labels.max()) >= classes:
+    if reference is None or int(reference.max()) >= classes:
         return torch.arange(config.num_images) % classes
     generator = torch.Generator().manual_seed(config.seed)
-    rounds = math.ceil(config.num_images / len(reference_labels))
-    order = torch.cat([torch.randperm(len(reference_labels), generator=generator) for _ in range(rounds)])
-    return reference_labels[order[: config.num_images]]
+    rounds = math.ceil(config.num_images / len(reference))
+    order = torch.cat([torch.randperm(len(reference), generator=generator) for _ in range(rounds)])
+    return reference[order[: config.num_images]]
 
 
 def _row_key(row: dict[str, Any]) -> list[Any]:
@@ -366,11 +352,7 @@ def _row_key(row: dict[str, Any]) -> list[Any]:
 
 
 def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read the rows that a folder holds.
-
-    Raises:
-        ValueError: Its evaluation.json has another content, or results of another protocol.
-    """
+    """Read the rows that a folder holds, and check that they have this protocol."""
     file = folder / "evaluation.json"
     if not file.is_file():
         return []

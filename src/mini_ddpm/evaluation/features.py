@@ -254,14 +254,9 @@ def load_classifier(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Open an image classifier of transformers, as a function from uint8 images (N, C, H, W) to classes (N,).
 
-    Args:
-        name: Hub id or folder of the classifier.
-        reference: The real images, whose classes it must have.
-        device: Device of the network.
-
     Raises:
         OSError: There is no such classifier.
-        ValueError: It has another number of classes than the dataset.
+        ValueError: The classifier and `reference` have different numbers of classes.
     """
     from transformers import AutoModelForImageClassification
 
