@@ -104,7 +104,8 @@ def trained():
 
 def digits(trained, scheduler, first=0, count=IMAGES):
     pipe = quiet(MiniDDPMPipeline(trained.unet, scheduler))
-    return pipe(count, num_inference_steps=STEPS, generator=seeds(*range(first, first + count)), output_type="pt").images
+    generator = seeds(*range(first, first + count))
+    return pipe(count, num_inference_steps=STEPS, generator=generator, output_type="pt").images
 
 
 @pytest.fixture(scope="module")

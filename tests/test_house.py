@@ -17,47 +17,55 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mini_ddpm
 import mini_ddpm_cli
-from mini_ddpm.evaluation.evaluate import COLUMNS, _check_protocol, markdown_table
+from mini_ddpm.evaluation.evaluate import COLUMNS, check_protocol, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "mini_ddpm"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
+# Portable modules that define a class which travels with the weights; its bundle holds the others that it imports.
 PORTABLE = [
-    "unet_mini",
-    "scheduling_mini_ddpm",
-    "scheduling_mini_ddim",
-    "pipeline_mini_ddpm",
-    "pipeline_mini_ddpm_class_conditional",
+    "models.unet_mini",
+    "schedulers.scheduling_mini_ddpm",
+    "schedulers.scheduling_mini_ddim",
+    "pipelines.pipeline_mini_ddpm",
+    "pipelines.pipeline_mini_ddpm_class_conditional",
 ]
-# A module imports those of lower rank, and of its own rank where that makes no circle.
-RANK = {
-    **dict.fromkeys(["mini_ddpm_cli", "__main__"], 3),
-    **dict.fromkeys(["__init__", "training", "distillation", "sampling", "evaluation", "plots", "hub"], 2),
-    "data": 1,
-    **dict.fromkeys(PORTABLE, 0),
-}
+PORTABLE_BASES = ["schedulers.scheduling_base", "pipelines.pipeline_base", "pipelines.portable"]
+# The rooms from top to bottom. A module imports from rooms below its own, and from its own storey without a circle.
+STOREYS = [
+    ["mini_ddpm_cli", "__main__"],
+    ["__init__", "training", "evaluation"],
+    ["hub", "sampling", "plots", "data", "options"],
+    ["models", "schedulers", "pipelines", "files"],
+]
 IMPORT_NAMES = {"pillow": "PIL"}  # where a distribution and its package are called differently
 
 
+def storey(name: str) -> int:
+    """The storey of a module, counted from the top."""
+    return next(number for number, rooms in enumerate(STOREYS) if name.partition(".")[0] in rooms)
+
+
 def module_file(name: str) -> Path:
-    return SOURCE / f"{name}.py" if name == "mini_ddpm_cli" else PACKAGE / f"{name}.py"
+    return SOURCE / f"{name}.py" if name == "mini_ddpm_cli" else PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
 
 
 def modules() -> list[str]:
-    return ["mini_ddpm_cli", *sorted(path.stem for path in PACKAGE.glob("*.py"))]
+    files = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    return ["mini_ddpm_cli", *(".".join(file.parts) for file in files)]
 
 
 def imports(name: str, everywhere: bool = True) -> Iterator[str]:
     """Absolute names that a module imports; `everywhere=False` leaves out what functions import and type checking."""
     nodes = [ast.parse(module_file(name).read_text(encoding="utf-8"))]
+    package = ["mini_ddpm", *name.split(".")[:-1]]
     while nodes:
         node = nodes.pop()
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -67,9 +75,12 @@ def imports(name: str, everywhere: bool = True) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, ["mini_ddpm" if node.level else "", node.module]))
-            # `from mini_ddpm import hub` imports a module, `from mini_ddpm import MiniUNet2DModel` the package
-            yield from (f"{base}.{x.name}" if base == "mini_ddpm" and x.name in RANK else base for x in node.names)
+            base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+            base = base if node.level else node.module or ""
+            for alias in node.names:  # a module, or a name in one
+                path = base.removeprefix("mini_ddpm").strip(".")
+                path = f"{path}.{alias.name}" if path else alias.name
+                yield f"{base}.{alias.name}" if base.startswith("mini_ddpm") and module_file(path).is_file() else base
 
 
 def own_imports(name: str) -> set[str]:
@@ -78,7 +89,7 @@ def own_imports(name: str) -> set[str]:
     for imported in imports(name):
         first, _, rest = imported.partition(".")
         if first == "mini_ddpm":
-            found.add(rest.partition(".")[0] or "__init__")
+            found.add(rest or "__init__")
         elif first == "mini_ddpm_cli":
             found.add(first)
     return found - {name}
@@ -98,20 +109,31 @@ def distributions(requirements: list[str]) -> set[str]:
 
 
 def test_every_module_has_its_place():
-    assert set(modules()) <= set(RANK), "give a new module a rank in RANK, and a line in CONTRIBUTING.md"
-    assert set(PORTABLE) <= set(modules())
+    rooms = {room for rooms in STOREYS for room in rooms}
+    assert {name.partition(".")[0] for name in modules()} == rooms, "give the new room a storey"
+    portable = {name for name in modules() if storey(name) == 3} - {"files"}
+    assert portable - {"models.__init__", "schedulers.__init__", "pipelines.__init__"} == {*PORTABLE, *PORTABLE_BASES}
 
 
 @pytest.mark.parametrize("name", modules())
 def test_imports_point_one_way(name):
-    upwards = {imported for imported in own_imports(name) if RANK[imported] > RANK[name]}
-    assert not upwards or (name, upwards) == ("__main__", {"mini_ddpm_cli"})
+    upwards = {imported for imported in own_imports(name) if storey(imported) < storey(name)}
+    assert not upwards
     if name not in ("mini_ddpm_cli", "__main__"):
         assert "__init__" not in own_imports(name), "import the module that defines it"
 
 
 def test_imports_make_no_circle():
     tuple(graphlib.TopologicalSorter({name: own_imports(name) for name in modules()}).static_order())
+
+
+def test_the_rooms_stay_small():
+    for name in modules():
+        source = module_file(name).read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 560, name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert (node.end_lineno or 0) - node.lineno < 155, (name, node.name)
 
 
 @pytest.mark.parametrize("name", modules())
@@ -124,26 +146,23 @@ def test_modules_import_base_dependencies_only(name):
     assert third_party(imports(name)) <= base | runtime
 
 
-@pytest.mark.parametrize("name", PORTABLE)
-def test_portable_files_stand_alone(name):
-    file = module_file(name)
+@pytest.mark.parametrize("name", [*PORTABLE, *PORTABLE_BASES])
+def test_portable_modules_import_what_diffusers_brings(name):
     # Pillow and huggingface_hub are dependencies of diffusers itself.
-    allowed = {"torch", "numpy", "diffusers", "PIL", "huggingface_hub"}
-    assert third_party(imports(name)) <= allowed
-    assert own_imports(name) == set()
-    # diffusers looks for imports with regular expressions, in docstrings as well
-    assert get_relative_imports(str(file)) == []
-    text = re.findall(r"^\s*(?:import|from)\s+(\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert {line.partition(".")[0] for line in text} <= set(sys.stdlib_module_names) | allowed
+    assert third_party(imports(name)) <= {"torch", "numpy", "diffusers", "PIL", "huggingface_hub"}
+    assert own_imports(name) <= {*PORTABLE, *PORTABLE_BASES}
     # the loader looks up the base class of a part's kind in the module that defines it
-    assert hasattr(importlib.import_module(f"mini_ddpm.{name}"), "ModelMixin" if "unet" in name else "SchedulerMixin")
+    if name in PORTABLE:
+        module = importlib.import_module(f"mini_ddpm.{name}")
+        assert hasattr(module, "ModelMixin" if "unet" in name else "SchedulerMixin")
 
 
 def test_import_is_quick_and_loads_nothing_but_the_host():
     """`import mini_ddpm` costs next to nothing after what it builds on, and brings in no further package."""
     host = sorted(
         ast.unparse(node)
-        for name in [*PORTABLE, "hub"]
+        for name in modules()
+        if storey(name) == 3 or name.startswith("hub.")
         for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body
         if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
         if not ast.unparse(node).startswith("from __future__") and "mini_ddpm" not in ast.unparse(node)
@@ -284,7 +303,7 @@ def test_the_table_of_distillation_in_the_readme_is_that_of_its_run(benchmark):
         )
         cells = f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row['fid']:.2f} |"
         assert any(line.startswith(cells) for line in table.splitlines()), cells
-    _check_protocol(rows)
+    check_protocol(rows)
     students = [row for row in rows if row["variant"] == "student"]
     (ours,) = [row for row in students if row["num_inference_steps"] == 4]
     for folder in (ROOT / "model_card", mini_ddpm.PRETRAINED):
@@ -300,7 +319,7 @@ def test_documents_show_the_commands():
 
 def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     rows = json.loads((ROOT / "benchmarks" / "results" / "samplers.json").read_text(encoding="utf-8"))
-    _check_protocol(rows)
+    check_protocol(rows)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = readme[readme.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
     steps = [int(cell.split()[0].replace(",", "")) for cell in shown[0].strip("|").split("|")[1:]]

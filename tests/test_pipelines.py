@@ -1,7 +1,12 @@
 """The pipelines: right images from a network whose answer is known, same seed same image, and plain refusals."""
 
+import copy
+import functools
 import json
+import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -102,7 +107,9 @@ def test_any_scheduler_gives_the_distribution(name, prediction_type):
         pytest.skip("diffusers raises NotImplementedError")
     ours = MiniDDPMScheduler(prediction_type=prediction_type, clip_sample=False, **spacing)
     pipe = quiet(MiniDDPMPipeline(GaussianDenoiser(prediction_type=prediction_type), cls.from_config(ours.config)))
-    output = pipe(16, num_inference_steps=20, generator=seeds(*range(16)), output_type="latent", return_trajectory=True)
+    output = pipe(
+        16, num_inference_steps=20, generator=seeds(*range(16)), output_type="latent", return_trajectory=True
+    )
     assert abs(output.images.mean() - 0.3) < 0.03
     assert abs(output.images.std() - 0.2) < 0.06
     # The predicted x_0 is the scheduler's or derived; the last one is nearly the image.
@@ -272,8 +279,10 @@ def test_seed_dtype_and_latents(plain, labelled):
 
 
 def test_output_types_agree(plain):
-    outputs = {kind: plain(2, num_inference_steps=3, generator=torch.manual_seed(0), output_type=kind).images for kind in
-               ("pil", "np", "pt", "latent")}  # fmt: skip
+    outputs = {
+        kind: plain(2, num_inference_steps=3, generator=torch.manual_seed(0), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
     assert outputs["np"].shape == (2, 8, 8, 1) and outputs["pt"].shape == (2, 1, 8, 8)
     np.testing.assert_array_equal(outputs["np"].transpose(0, 3, 1, 2), outputs["pt"].numpy())
     torch.testing.assert_close((outputs["latent"] / 2 + 0.5).clamp(0, 1), outputs["pt"])
@@ -285,7 +294,12 @@ def test_output_types_agree(plain):
 
 def test_sizes(plain):
     assert plain(1, num_inference_steps=2, height=5, width=11, output_type="pt").images.shape == (1, 1, 5, 11)
-    assert plain(1, num_inference_steps=2, latents=torch.randn(1, 1, 7, 9), output_type="pt").images.shape == (1, 1, 7, 9)
+    assert plain(1, num_inference_steps=2, latents=torch.randn(1, 1, 7, 9), output_type="pt").images.shape == (
+        1,
+        1,
+        7,
+        9,
+    )
 
 
 def test_trajectory(plain, labelled):
@@ -598,3 +612,130 @@ print(json.dumps(out))
         line, cause = run.result[name]
         assert line.startswith(message) and "\n" not in line, line
         assert cause != "NoneType"
+
+
+# ---- A call keeps its state to itself ------------------------------------------------------------------------------
+
+
+def in_threads(calls, workers=8):
+    """The images of all calls, made at once by as many threads, each of which starts with another call."""
+    with ThreadPoolExecutor(workers) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+@pytest.mark.parametrize("name", ["MiniDDIMScheduler", "MiniDDPMScheduler", "DDIMScheduler",
+                                  "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler",
+                                  "PNDMScheduler", "DEISMultistepScheduler"])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_threads_get_the_images_that_they_would_get_alone(labelled, name):
+    """One pipeline, eight threads, other labels, steps and guidance in each call, set by callbacks too."""
+    labelled.scheduler = getattr(diffusers, name).from_config(labelled.scheduler.config)
+
+    def call(i):
+        grids = []
+
+        def callback(pipe, step, t, tensors):
+            grids.append(pipe.scheduler.timesteps)
+            if i % 3 == 0 and step == 1:
+                pipe._guidance_scale = 1.0 + i  # through the argument
+            if i % 3 == 1 and step == 2:
+                labelled._interrupt = True  # through the variable
+            assert pipe is labelled and pipe.num_timesteps == len(pipe.scheduler.timesteps)
+            return {}
+
+        images = labelled(
+            [i % 10, (3 * i) % 10],
+            num_inference_steps=4 + i % 5,
+            guidance_scale=1 + i % 4,
+            guidance_interval=((i % 3) / 10, 0.9),
+            generator=seeds(i, i + 1),
+            output_type="pt",
+            callback_on_step_end=callback,
+        ).images
+        assert (len(grids) == 3) == (i % 3 == 1) and all(grid is grids[0] for grid in grids)
+        return images
+
+    calls = [functools.partial(call, i) for i in range(16)]
+    alone = [call() for call in calls]
+    assert len({images.numpy().tobytes() for images in alone}) == len(alone)  # so that a mix-up shows
+    for images, expected in zip(in_threads(calls), alone, strict=True):
+        assert torch.equal(images, expected)
+    assert not labelled._running_calls and labelled._calls.get() == ()
+
+
+def test_a_call_within_a_call_keeps_its_own_state(labelled):
+    inner = []
+
+    def callback(pipe, step, t, tensors):
+        if step == 1:
+            inner.append(
+                pipe([5], num_inference_steps=2, guidance_scale=3, generator=seeds(5), output_type="pt").images
+            )
+            assert pipe.num_timesteps == 4 and pipe.guidance_scale == 2.0
+        return {}
+
+    options = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": seeds(1), "output_type": "pt"}
+    nested = labelled([3], **options, callback_on_step_end=callback).images
+    assert torch.equal(nested, labelled([3], **(options | {"generator": seeds(1)})).images)
+    alone = labelled([5], num_inference_steps=2, guidance_scale=3, generator=seeds(5), output_type="pt").images
+    assert torch.equal(inner[0], alone)
+
+
+def test_a_stop_button_in_another_thread_ends_all_running_calls(plain):
+    started, pressed = threading.Barrier(3), threading.Event()
+
+    def call():
+        steps = []
+
+        def callback(pipe, step, t, tensors):
+            steps.append(step)
+            if step == 0:
+                started.wait(30)
+                pressed.wait(30)
+            return {}
+
+        plain(1, num_inference_steps=5, callback_on_step_end=callback)
+        return steps
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(call) for _ in range(2)]
+        started.wait(30)
+        plain._interrupt = True
+        pressed.set()
+        assert [future.result() for future in futures] == [[0], [0]]
+    assert len(plain(1, num_inference_steps=3, return_trajectory=True).latents_trajectory) == 4  # the next one runs
+
+
+def test_what_a_call_leaves_behind(labelled):
+    """The pipeline tells of its latest call, its scheduler stays the same object, and copies work."""
+    scheduler = labelled.scheduler
+    expected = labelled([3], num_inference_steps=3, generator=seeds(0), output_type="pt").images
+    assert labelled.scheduler is scheduler and scheduler.num_inference_steps == 3
+    assert (labelled.num_timesteps, labelled.num_guided_timesteps, labelled.guidance_scale) == (3, 3, 1.5)
+    for copied in (copy.deepcopy(labelled), pickle.loads(pickle.dumps(labelled))):
+        assert copied.scheduler is not scheduler and copied.num_timesteps == 3
+        again = copied([3], num_inference_steps=3, generator=seeds(0), output_type="pt").images
+        assert torch.equal(again, expected)
+
+    def fail(*_):
+        raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        labelled([3], num_inference_steps=4, callback_on_step_end=fail)
+    assert not labelled._running_calls and labelled._calls.get() == ()
+
+
+def test_a_step_that_was_replaced_on_the_object_is_used(plain):
+    """`scheduler.step = torch.compile(scheduler.step)` is bound to that very object, so it is not copied."""
+    step, seen = plain.scheduler.step, []
+    plain.scheduler.step = functools.wraps(step)(lambda *args, **kwargs: seen.append(args[1]) or step(*args, **kwargs))
+    images = plain(1, num_inference_steps=3, generator=seeds(0), output_type="pt").images
+    del plain.scheduler.step
+    assert len(seen) == 3
+    assert torch.equal(images, plain(1, num_inference_steps=3, generator=seeds(0), output_type="pt").images)
+
+
+def test_only_the_first_argument_is_positional(plain, labelled):
+    for pipe, first in ((plain, 1), (labelled, [1])):
+        with pytest.raises(TypeError, match="positional"):
+            pipe(first, 3)

@@ -1,23 +1,27 @@
 """The doors: the same saved pipeline opens with the package and without it, from a folder and from the Hub."""
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers.utils.dynamic_modules_utils import find_pipeline_class, get_relative_imports
 
 from mini_ddpm import (
     MiniDDIMScheduler,
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
     MiniDDPMScheduler,
+    MiniUNet2DModel,
 )
-from mini_ddpm import pipeline_mini_ddpm as unconditional
-from mini_ddpm import pipeline_mini_ddpm_class_conditional as conditional
+from mini_ddpm.pipelines.portable import bundle
 
 DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
@@ -297,29 +301,103 @@ print(json.dumps(out))
         assert image == expected[door.split()[0]], door
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["num_timesteps", "interrupt", "_check_inputs", "_prepare_latents", "_denoise", "_pred_original_sample",
-     "from_pipe", "to_json_file", "save_pretrained", "push_to_hub", "_source_folder"],
-)  # fmt: skip
-def test_twin_methods(name):
-    def source(cls):
-        member = inspect.getattr_static(cls, name)
-        return inspect.getsource(getattr(member, "fget", None) or getattr(member, "__func__", member))
-
-    assert source(MiniDDPMPipeline) == source(MiniDDPMClassConditionalPipeline)
+# ---- Bundles -------------------------------------------------------------------------------------------------------
 
 
-def test_twin_modules():
-    assert inspect.getsource(unconditional.MiniDDPMPipelineOutput) == inspect.getsource(
-        conditional.MiniDDPMPipelineOutput
+def write(folder, **modules):
+    """Modules of a package with rooms: `room__name="source"`."""
+    for name, source in modules.items():
+        file = folder.joinpath(*name.split("__")).with_suffix(".py")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(source, encoding="utf-8")
+    return folder
+
+
+def test_a_bundle_is_the_modules_in_import_order(tmp_path):
+    write(
+        tmp_path,
+        base='"""Base."""\n\nimport math\n\nTWO = 2\n',
+        rooms__middle="import math\n\nfrom ..base import (\n    TWO,\n)\n\nFOUR = TWO * 2\n",
+        rooms__top="from ..base import TWO\nfrom .middle import FOUR\n\n\ndef top():\n    return FOUR + TWO\n",
     )
-    assert unconditional.PORTABLE_MODULE == conditional.PORTABLE_MODULE
-    assert unconditional.OUTPUT_TYPES == conditional.OUTPUT_TYPES
-    assert unconditional.CARD == conditional.CARD
-    # What follows the marker is the same to the last character, so that nothing is added to one of them alone.
-    tails = [inspect.getsource(module).partition("    # ---- From here")[2] for module in (unconditional, conditional)]
-    assert tails[0] == tails[1] != ""
+    assert bundle(tmp_path / "rooms/top.py").decode() == (
+        '# ---- base.py ----\n\n"""Base."""\n\nimport math\n\nTWO = 2\n\n\n'
+        "# ---- middle.py ----\n\nimport math\n\n\nFOUR = TWO * 2\n\n\n"
+        "# ---- top.py ----\n\ndef top():\n    return FOUR + TWO\n"
+    )
+    names = {}
+    exec(bundle(tmp_path / "rooms/top.py"), names)
+    assert names["top"]() == 6
+    (tmp_path / "alone.py").write_bytes(b"import math\r\n\r\n\r\nX = 1")  # not a byte is changed
+    assert bundle(tmp_path / "alone.py") == b"import math\r\n\r\n\r\nX = 1"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from .base import X as Y\n", "line 1: `from .base import X as Y` cannot be saved with a pipeline"),
+        ("X = 1\nfrom . import base\n", "line 2: `from . import base` cannot be saved"),
+        ("from __future__ import annotations\nfrom .base import X\n", "`from __future__ import annotations` cannot"),
+        ("def f():\n    from .base import X\n    return X\n", "line 2: `from .base import X` cannot be saved"),
+        ("if True:\n    from .base import X\n", "line 2: `from .base import X` cannot be saved"),
+        ("from .base import X\n\ndef g():\n    return 2\n", "top.py: g is also defined by a module"),
+        ("from .base import X\n\nlogger: int = 2\n", "top.py: logger is also defined by a module"),
+        ("from .base import X\n\na, (b, Z) = 1, (2, 3)\n", "top.py: Z is also defined by a module"),
+        ("from .base import X\nfrom cmath import sqrt\n", "top.py: sqrt is also defined by a module"),
+        ("from .base import X\n\nclass sqrt:\n    pass\n", "top.py: sqrt is also defined by a module"),
+    ],
+)
+def test_what_cannot_be_bundled_is_refused(tmp_path, source, message):
+    base = "from math import sqrt\n\nX, Z = 1, 2\nlogger = 1\n\ndef g():\n    return 1\n"
+    write(tmp_path, base=base, top=source)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        bundle(tmp_path / "top.py")
+    assert "\n" not in str(raised.value)
+    assert bundle(write(tmp_path, top="from .base import X\nfrom math import sqrt\n\ny = X\n") / "top.py")
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, MiniDDPMPipeline, MiniDDPMScheduler, MiniUNet2DModel],
+)
+def test_bundles_stand_alone(cls, tmp_path):
+    """What diffusers looks for in a bundle: no relative import, no unknown package, one pipeline, a base class."""
+    file = tmp_path / "bundled.py"
+    file.write_bytes(bundle(Path(inspect.getfile(cls))))
+    assert bundle(file) == file.read_bytes()  # what was saved is saved again byte for byte
+    assert get_relative_imports(file) == []
+    text = file.read_text(encoding="utf-8")
+    # diffusers looks for imports with regular expressions, in docstrings as well
+    found = re.findall(r"^\s*(?:import|from)\s+(\S+)", text, flags=re.MULTILINE)
+    # Pillow and huggingface_hub are dependencies of diffusers itself
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "diffusers", "PIL", "huggingface_hub"}
+    assert {name.partition(".")[0] for name in found} <= allowed
+    spec = importlib.util.spec_from_file_location("bundled", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert hasattr(module, "ModelMixin" if cls is MiniUNet2DModel else "SchedulerMixin")
+    assert hasattr(module, cls.__name__)
+    if issubclass(cls, DiffusionPipeline):
+        assert find_pipeline_class(module) is getattr(module, cls.__name__)  # as `custom_pipeline=FILE` finds it
+
+
+def test_custom_pipeline_takes_the_saved_file(saved, fresh_process):
+    """`custom_pipeline=FILE` names no class, so a bundle may hold one pipeline only."""
+    folder, expected = saved
+    run = fresh_process(
+        PRELUDE
+        + f"""
+import glob
+for name in ("plain", "labels"):
+    source = {str(folder)!r} + "/" + name
+    (file,) = glob.glob(source + "/pipeline_mini_*.py")
+    pipe = DiffusionPipeline.from_pretrained(source, custom_pipeline=file, trust_remote_code=True)
+    out[name] = draw(pipe)
+print(json.dumps(out))
+""",
+        package=False,
+    )
+    assert run.result == expected
 
 
 def test_registration_leaves_other_pipelines_alone(tmp_path):
