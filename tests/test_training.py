@@ -262,7 +262,9 @@ def test_every_stratum_has_one_timestep_also_where_they_do_not_divide():
         images = torch.zeros(batch_size, 1, 1, 1)
         edges = count * torch.arange(batch_size + 1, dtype=torch.float64) / batch_size
         for step in range(20):
-            _, timesteps, _ = noise_batch(process(0, 1), 0, step, levels, images, None, None, 0.1)
+            labels = torch.zeros(batch_size).long()  # which an unconditional network does not take
+            _, timesteps, labels = noise_batch(process(0, 1), 0, step, levels, images, labels, None, 0.1)
+            assert labels is None
             positions = (count - 1 - timesteps // 10).sort().values.double()
             # A position is a point of its stratum, rounded down.
             assert (positions > edges[:-1] - 1).all() and (positions < edges[1:]).all()

@@ -64,8 +64,7 @@ class DistillConfig:
     guidance_interval: tuple[float, float] | None = None
     """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: every step."""
     saturate: bool = True
-    """Push near-black and near-white target pixels past the range, so flat areas stay flat. Off: they come out
-    mottled. Has no effect on images without such areas."""
+    """Push near-black and near-white targets past the range, so flat areas stay flat. Off: they come out mottled."""
 
     dataset_name: str = "ylecun/mnist"
     """The images that the teacher was trained on: Hub id or folder."""
@@ -76,8 +75,7 @@ class DistillConfig:
     label_column: str | None = None
     """Column of the class indices. Default: the first that holds class labels."""
     resolution: int | None = None
-    """Crop pictures to a square and resize them to this many pixels, as in the teacher's training. Default: keep their
-    size."""
+    """Crop and resize pictures to this many pixels, as in the teacher's training. Default: keep their size."""
 
     train_batch_size: int = 64
     """Images per process and forward pass."""

@@ -105,8 +105,7 @@ class TrainConfig:
     """Dropout in the residual blocks."""
 
     saturation_margin: float = 0.1
-    """If at least 10 % of pixels are pure black (white), train them as -1 - margin (1 + margin), so clamping makes
-    them exact. 0: off."""
+    """Train pure black (white) as -1 - margin (1 + margin) if 10 % of pixels are: clamping makes it exact. 0: off."""
 
     num_train_timesteps: int = 1000
     """Number T of noise levels."""
