@@ -115,17 +115,16 @@ def write_text(target: Path, text: str) -> None:
 
 def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
     """Return the papers whose methods a model uses: arXiv number and title."""
-    is_distilled = "default_num_inference_steps" in model
+    is_ddim = "DDIM" in model["scheduler"]
+    is_cosine = model.get("beta_schedule") == "squaredcos_cap_v2"
+    is_distilled_or_v = model.get("prediction_type") == "v_prediction" or "default_num_inference_steps" in model
+    has_distilled_guidance = model.get("default_guidance_scale") == 1
     papers = (
         (True, "2006.11239", "Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020"),
-        ("DDIM" in model["scheduler"], "2010.02502", "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"),
+        (is_ddim, "2010.02502", "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"),
+        (is_cosine, "2102.09672", "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021"),
         (
-            model.get("beta_schedule") == "squaredcos_cap_v2",
-            "2102.09672",
-            "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021",
-        ),
-        (
-            model.get("prediction_type") == "v_prediction" or is_distilled,
+            is_distilled_or_v,
             "2202.00512",
             "Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022",
         ),
@@ -135,11 +134,7 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
             "2303.09556",
             "Hang et al.: Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023",
         ),
-        (
-            model.get("default_guidance_scale") == 1,
-            "2210.03142",
-            "Meng et al.: On Distillation of Guided Diffusion Models, 2022",
-        ),
+        (has_distilled_guidance, "2210.03142", "Meng et al.: On Distillation of Guided Diffusion Models, 2022"),
     )
     return {number: title for is_used, number, title in papers if is_used}
 
