@@ -10,7 +10,14 @@ import torch
 from PIL import Image, ImageFont
 
 from mini_ddpm import MiniDDPMScheduler
-from mini_ddpm.plots import denoising_film, noising_strip, sample_grid, save_film
+from mini_ddpm.plots import (
+    denoising_film,
+    evaluation_curves,
+    noising_strip,
+    sample_grid,
+    sampling_options,
+    save_film,
+)
 
 GAP = 2
 
@@ -180,3 +187,44 @@ def test_noising_strip_begins_clean_and_ends_in_noise():
     assert spread[1] < spread[2] < spread[3]
     # a standard normal clipped to [-1, 1] has the standard deviation 0.718, in bytes 91.6
     assert spread[3] == pytest.approx(91.6, rel=0.05)
+
+
+def row(scheduler: str, evaluations: int, fid: float, **options) -> dict:
+    figures = {"unet_evaluations": evaluations, "seconds_per_image": evaluations / 10, "fid": fid}
+    return {"images": "generated", "scheduler": scheduler, "eta": 0.0, **options, **figures}
+
+
+def test_options_of_a_sampler_in_words():
+    assert sampling_options(row("DDIMScheduler", 1, 1.0)) == ""
+    assert sampling_options(row("DDIMScheduler", 1, 1.0, eta=0.5)) == ", eta 0.5"
+    assert sampling_options(row("DDIMScheduler", 1, 1.0, guidance_scale=1.5)) == ", guidance 1.5"
+    options = {"guidance_scale": 2.0, "guidance_interval": [0.35, 0.6], "eta": 1.0}
+    assert sampling_options(row("DDIMScheduler", 1, 1.0, **options)) == ", guidance 2 from 0.35 to 0.6, eta 1"
+
+
+def test_curves_show_every_row(monkeypatch):
+    import matplotlib.backends.backend_agg as backend
+
+    figures, canvas_class = [], backend.FigureCanvasAgg
+    monkeypatch.setattr(backend, "FigureCanvasAgg", lambda figure: figures.append(figure) or canvas_class(figure))
+    rows = [
+        {"images": "real", "fid": 0.5},
+        row("DDIMScheduler", 20, 3.0),
+        row("DDIMScheduler", 10, 5.0),
+        row("DDPMScheduler", 40, 9.0, guidance_scale=1.5),
+    ]
+    picture = evaluation_curves(rows)
+    assert (picture.size, picture.mode) == ((1200, 480), "RGB")
+    for axes, name, factor in zip(figures[0].axes, ("network evaluations", "seconds"), (1, 10), strict=True):
+        curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        assert curves.pop("real images: 0.50")[1] == [0.5, 0.5]
+        assert curves == {
+            "DDIM": ([10 / factor, 20 / factor], [5.0, 3.0]),  # by cost
+            "DDPM, guidance 1.5": ([40 / factor], [9.0]),
+        }
+        assert axes.get_xlabel() == f"{name} per image" and axes.get_xscale() == axes.get_yscale() == "log"
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["FID", ""]
+    assert [axes.get_legend() is not None for axes in figures[0].axes] == [False, True]
+    others = [{("frechet_distance" if key == "fid" else key): value for key, value in row.items()} for row in rows]
+    evaluation_curves(others)
+    assert figures[1].axes[0].get_ylabel() == "Fréchet distance"
