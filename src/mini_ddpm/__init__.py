@@ -28,77 +28,59 @@ from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
 
 if TYPE_CHECKING:
-    from mini_ddpm.data import image_dataset
-    from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
-    from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
-    from mini_ddpm.training.distill import DistillConfig, distill
-    from mini_ddpm.training.loss import compute_loss
-    from mini_ddpm.training.train import TrainConfig, train
+    from mini_ddpm.data import image_dataset as image_dataset
+    from mini_ddpm.evaluation.evaluate import EvaluateConfig as EvaluateConfig, evaluate as evaluate
+    from mini_ddpm.plots import (
+        denoising_film as denoising_film,
+        noising_strip as noising_strip,
+        sample_grid as sample_grid,
+    )
+    from mini_ddpm.training.distill import DistillConfig as DistillConfig, distill as distill
+    from mini_ddpm.training.loss import compute_loss as compute_loss
+    from mini_ddpm.training.train import TrainConfig as TrainConfig, train as train
 
 __version__ = "0.1.0"
 
+# Names that are imported on first use, by module.
+_LAZY = {
+    "data": ("image_dataset",),
+    "evaluation.evaluate": ("EvaluateConfig", "evaluate"),
+    "plots": ("denoising_film", "noising_strip", "sample_grid"),
+    "training.distill": ("DistillConfig", "distill"),
+    "training.loss": ("compute_loss",),
+    "training.train": ("TrainConfig", "train"),
+}
+
 __all__ = [
     "PRETRAINED",
-    "DistillConfig",
-    "EvaluateConfig",
     "MiniDDIMScheduler",
     "MiniDDPMClassConditionalPipeline",
     "MiniDDPMPipeline",
     "MiniDDPMPipelineOutput",
     "MiniDDPMScheduler",
     "MiniUNet2DModel",
-    "TrainConfig",
     "__version__",
-    "compute_loss",
-    "denoising_film",
-    "distill",
-    "evaluate",
-    "image_dataset",
     "load_pipeline",
-    "noising_strip",
-    "sample_grid",
-    "train",
 ]
-
-# Where the names are that are imported on first use.
-_LAZY = {
-    "image_dataset": "data",
-    "EvaluateConfig": "evaluation.evaluate",
-    "evaluate": "evaluation.evaluate",
-    "denoising_film": "plots",
-    "noising_strip": "plots",
-    "sample_grid": "plots",
-    "DistillConfig": "training.distill",
-    "distill": "training.distill",
-    "compute_loss": "training.loss",
-    "TrainConfig": "training.train",
-    "train": "training.train",
-}
+__all__ += [name for names in _LAZY.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of `_LAZY` on first use."""
-    if name not in _LAZY:
+    module = next((module for module, names in _LAZY.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return value
 
 
 def __dir__() -> list[str]:
     """List the names of `_LAZY` too."""
-    return sorted(globals().keys() | _LAZY.keys())
+    return sorted({*globals(), *__all__})
 
 
-_CLASSES = {
-    cls.__name__: cls
-    for cls in (
-        MiniDDIMScheduler,
-        MiniDDPMClassConditionalPipeline,
-        MiniDDPMPipeline,
-        MiniDDPMScheduler,
-        MiniUNet2DModel,
-    )
-}
+_PIPELINES = (MiniDDPMClassConditionalPipeline, MiniDDPMPipeline)
+_CLASSES = {cls.__name__: cls for cls in (MiniDDIMScheduler, *_PIPELINES, MiniDDPMScheduler, MiniUNet2DModel)}
 
 # diffusers looks up classes by name on its own module: a pipeline for the generic `DiffusionPipeline.from_pretrained`,
 # a part declared as ["diffusers", name], the class that a scheduler's config came from, and its `compatibles`.
@@ -136,6 +118,6 @@ _HOOKS = {
     "_publish": staticmethod(publish),
     "download": classmethod(download),
 }
-for _class in (MiniDDPMPipeline, MiniDDPMClassConditionalPipeline):
+for _class in _PIPELINES:
     for _name, _hook in _HOOKS.items():
         setattr(_class, _name, _hook)

@@ -4,8 +4,8 @@
     timestep t, class y  ──embedding──► scale and shift of every residual block
 
 Notation: B batch, C channels, H x W image, p patch size, D width of a level, E width of the embedding.
-Sources: DDPM (arXiv 2006.11239, appendix B), Improved DDPM (2102.09672, section 3), ADM (2105.05233, section 3); the
-patch stem as in DiT (2212.09748, section 3.2). The file is self-contained so that it can travel with the weights.
+Sources: DDPM (arXiv 2006.11239, appendix B), Improved DDPM (arXiv 2102.09672, section 3), ADM (arXiv 2105.05233,
+section 3); the patch stem is that of DiT (arXiv 2212.09748, section 3.2).
 """
 
 import math
@@ -24,28 +24,18 @@ from diffusers.utils import BaseOutput
 from huggingface_hub import constants
 from torch import nn
 
-# Named shapes. "mini" is the default: a 2x2 patch stem puts the work at 14x14 and 7x7, where it is cheap. The others
-# have the widths of the tutorial that this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no attention), and
-# depart from it where it could not run or could not be right:
-#   - GroupNorm in place of BatchNorm, whose batch statistics mix noise levels and which EMA does not average;
-#   - 28 -> 14 -> 7 -> 4 is retraced as 4 -> 7 -> 14 -> 28 (the tutorial doubled 4 to 8 and met a skip of 7);
+# Named shapes. "mini" is the default: with a 2x2 patch stem the convolutions run at 14x14 and 7x7, which is cheap.
+# The others have the widths of the tutorial that this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no
+# attention). They correct the tutorial's mistakes:
+#   - GroupNorm replaces BatchNorm, whose statistics mix noise levels and whose buffers EMA does not average;
+#   - the way up retraces 28 -> 14 -> 7 -> 4 as 4 -> 7 -> 14 -> 28 (the tutorial doubled 4 to 8 and met a skip of 7);
 #   - every skip connection is used (the tutorial's loop over `reversed(in_out[1:])` left one out).
+_TUTORIAL: dict[str, Any] = {"patch_size": 1, "down_block_types": ("DownBlock2D",) * 4}
+_TUTORIAL |= {"layers_per_block": 1, "add_attention": False}
 PRESETS: dict[str, dict[str, Any]] = {
     "mini": {},
-    "tutorial-32": {
-        "patch_size": 1,
-        "block_out_channels": (32, 64, 128, 256),
-        "down_block_types": ("DownBlock2D",) * 4,
-        "layers_per_block": 1,
-        "add_attention": False,
-    },
-    "tutorial-64": {
-        "patch_size": 1,
-        "block_out_channels": (64, 128, 256, 512),
-        "down_block_types": ("DownBlock2D",) * 4,
-        "layers_per_block": 1,
-        "add_attention": False,
-    },
+    "tutorial-32": {**_TUTORIAL, "block_out_channels": (32, 64, 128, 256)},
+    "tutorial-64": {**_TUTORIAL, "block_out_channels": (64, 128, 256, 512)},
 }
 
 
@@ -54,26 +44,25 @@ class MiniUNet2DOutput(BaseOutput):  # type: ignore[misc]
     """The output of [`MiniUNet2DModel`].
 
     Attributes:
-        sample: The prediction, (B, out_channels, H, W): noise, clean image or velocity, as the scheduler's
-            `prediction_type` says. Not clipped.
+        sample: The prediction, (B, out_channels, H, W), not clipped: noise, clean image or velocity, as the
+            scheduler's `prediction_type` says.
     """
 
     sample: torch.Tensor
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
-    """Sinusoidal embedding of the timestep (DDPM, appendix B, after 1706.03762, section 3.5).
+    """Return the sinusoidal embedding of the timestep (arXiv 1706.03762, section 3.5; DDPM, appendix B).
 
     `emb(t) = [cos(t·f_0), ..., cos(t·f_{d/2-1}), sin(t·f_0), ...]`, `f_i = max_period^(-i / (d/2))`.
 
     Args:
         timesteps: (B,), any int or float type, in [0, num_train_timesteps).
         dim: Even width d of the embedding.
-        max_period: The longest period over 2π, in timesteps.
+        max_period: The longest period divided by 2π, in timesteps.
 
     Returns:
-        (B, dim) in float32. The phases stay in float32 whatever the model's dtype: in half precision they would be
-        0.24 rad off at t = 999.
+        (B, dim) in float32, whatever the model's dtype. In half precision the phase error reaches 0.24 rad at t = 999.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
@@ -82,11 +71,10 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
 
 
 class MiniGroupNorm(nn.GroupNorm):
-    """Group normalization (1803.08494) under a scale and shift: `(1 + scale)·(w·(x - μ)/√(σ² + eps) + b) + shift`.
+    """Group normalization (arXiv 1803.08494), scaled and shifted: `(1 + scale)·(w·(x - μ)/√(σ² + eps) + b) + shift`.
 
-    μ and σ² are those of one image and one group of channels. On a CPU, images in the memory format channels last are
-    normalized by sums over each channel and one multiplication and addition, in place of torch's own kernel, which
-    takes 3 to 17 times as long there.
+    μ and σ² are those of one image and one group of channels. torch's kernel is 3 to 17 times slower for channels-last
+    images on a CPU. There, this class uses sums over each channel, one multiplication and one addition.
     """
 
     def forward(
@@ -110,7 +98,7 @@ class MiniGroupNorm(nn.GroupNorm):
 
 
 class MiniAttnProcessor:
-    """Multi-head self-attention, `softmax(q k^T / sqrt(d)) v`, through the backend that diffusers dispatches to."""
+    """Multi-head self-attention, `softmax(q k^T / sqrt(d)) v`, by the backend that diffusers selects."""
 
     _attention_backend = None
     _parallel_config = None
@@ -152,7 +140,7 @@ class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        # A list, as in diffusers' attention layers, whose tools look for `to_out.0`.
+        # A list, since diffusers' tools look for `to_out.0`.
         self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels)), nn.Dropout(dropout)])
         self.set_processor(MiniAttnProcessor())  # type: ignore[operator]
 
@@ -164,14 +152,14 @@ class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
 
 
 class MiniResnetBlock(nn.Module):
-    """Residual block whose second norm is scaled and shifted by the embedding (ADM, section 3.1: "AdaGN").
+    """Residual block in which the embedding scales and shifts the second norm ("AdaGN", ADM, section 3.1).
 
     `h = conv1(silu(norm1(x)))`, `h = conv2(dropout(silu((1 + scale)·norm2(h) + shift)))`, returns `skip(x) + h`.
-    `conv2` starts at zero, so that a new block is the identity (Improved DDPM; 1706.02677, section 5.1).
+    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1).
 
     Args:
         in_channels: Width of the input.
-        out_channels: Width D of the output; a 1x1 convolution matches the residual where they differ.
+        out_channels: Width D of the output. If it differs, a 1x1 convolution adapts the residual.
         embedding_dim: Width E of the embedding.
         norm_num_groups: Groups of both GroupNorms.
         norm_eps: Their epsilon.
@@ -206,12 +194,12 @@ class MiniResnetBlock(nn.Module):
 
 
 class MiniLevel(nn.Module):
-    """What down, mid and up blocks share: residual blocks, each followed by attention where the level has it.
+    """Residual blocks, each followed by attention if the level has it. Base class of down, mid and up blocks.
 
     Args:
-        in_channels: The input width of each residual block; their number is the depth of the level.
+        in_channels: The input width of each residual block.
         out_channels: Width D of the level.
-        attention: Whether attention follows each residual block; the mid block attends between its two.
+        attention: For each residual block, whether attention follows it.
         embedding_dim, attention_head_dim, norm_num_groups, norm_eps, dropout: See [`MiniUNet2DModel`].
     """
 
@@ -241,7 +229,7 @@ class MiniLevel(nn.Module):
         )
 
     def layer(self, index: int, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Run the `index`-th residual block and its attention, recomputed in the backward pass if so asked."""
+        """Run residual block `index` and its attention; with gradient checkpointing, recompute it when needed."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             hidden_states = self._gradient_checkpointing_func(self.resnets[index], hidden_states, temb)  # type: ignore[operator]
         else:
@@ -250,7 +238,7 @@ class MiniLevel(nn.Module):
 
 
 class MiniDownBlock(MiniLevel):
-    """One level of the way down: optional strided convolution, then the layers, each leaving a skip."""
+    """One level of the way down: a strided convolution (not at the top), then the layers. Each leaves a skip."""
 
     def __init__(self, downsample_from: int | None, **level: Any) -> None:
         super().__init__(**level)
@@ -261,7 +249,7 @@ class MiniDownBlock(MiniLevel):
         )
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the skips: the level's input and each layer's output, all (B, D, H, W); the last is the result."""
+        """Return the skips, (B, D, H, W) each: the input and the output of each layer. The last is the result."""
         hidden_states = self.downsampler(hidden_states)  # (B, D, ceil(H/2), ceil(W/2)), or unchanged at the top
         skips = [hidden_states]
         for index in range(len(self.resnets)):
@@ -281,7 +269,7 @@ class MiniMidBlock(MiniLevel):
 
 
 class MiniUpBlock(MiniLevel):
-    """One level of the way up: resize to the size of the skips, then one layer per skip."""
+    """One level of the way up: resize to the size of the skips, then run one layer per skip."""
 
     def __init__(self, upsample_from: int | None, **level: Any) -> None:
         super().__init__(**level)
@@ -291,9 +279,9 @@ class MiniUpBlock(MiniLevel):
     def forward(
         self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor
     ) -> torch.Tensor:
-        """Consume the `skips` of the level, last first; returns (B, D, H, W) with their H and W."""
+        """Use the `skips` of the level, last first. Return (B, D, H, W) with their H and W."""
         if self.upsampler is not None:
-            # To the size of the skip, not by the factor two, so that odd sizes meet again.
+            # Resize to the size of the skip, not by a factor of two, so that odd sizes match.
             hidden_states = F.interpolate(hidden_states, size=skips[0].shape[-2:], mode="nearest")
             hidden_states = self.upsampler(hidden_states)
         for index, skip in enumerate(reversed(skips)):
@@ -315,28 +303,27 @@ class MiniTimestepEmbedding(nn.Module):
 
 
 class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
-    """A small time-conditional, optionally class-conditional U-Net: ε_θ(x_t, t, y), x_θ or v_θ.
+    """A small time-conditional U-Net, with or without class labels: ε_θ(x_t, t, y), x_θ or v_θ.
 
-    Takes images of any height and width and any number of channels, and returns their size unchanged.
+    It takes images of any height, width and number of channels, and keeps their size.
 
     Args:
-        sample_size: Height and width of the images in pixels, one int for squares. What the pipeline draws by default;
-            the network itself takes any size.
+        sample_size: Height and width in pixels of the images that a pipeline draws by default; one int for squares.
         in_channels: Channels C of the sample.
-        out_channels: Channels of the prediction: `in_channels`, or twice that for a learned variance.
+        out_channels: Channels of the prediction: `in_channels`, or twice as many for a learned variance.
         patch_size: Side p of the square patches that the stem folds into channels, `(C, H, W) -> (C·p², H/p, W/p)`;
-            1 works on single pixels. Sizes that p does not divide are padded by repeating the edge, then cropped.
-        down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention); the way up
+            1 for single pixels. Other sizes than multiples of p are padded by repeating the edge, then cropped.
+        down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention). The way up
             mirrors the way down.
         block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounded up.
-        layers_per_block: Residual blocks in each level of the way down (one more on the way up).
-        attention_head_dim: Width of one attention head; must divide the widths that have attention.
+        layers_per_block: Residual blocks in each level of the way down. The way up has one more.
+        attention_head_dim: Width of one attention head. It must divide the widths that have attention.
         add_attention: Whether the mid block has self-attention.
-        norm_num_groups: Groups of every GroupNorm; must divide all widths.
+        norm_num_groups: Groups of every GroupNorm. It must divide all widths.
         norm_eps: Epsilon of every GroupNorm.
         dropout: Dropout probability in residual blocks and attention, in [0, 1).
-        num_class_embeds: Number of class embeddings, the null label included: the last index, `num_class_embeds - 1`,
-            is the null label ("no class"). `None` for an unconditional network.
+        num_class_embeds: Number of class embeddings. The last one is the null label ("no class"). `None` for an
+            unconditional network.
 
     Raises:
         ValueError: A width is not divisible by its groups or heads, or lists have unequal lengths.
@@ -344,8 +331,8 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["MiniResnetBlock", "MiniAttention"]
-    # The attention blocks of a level are alike and share one graph. Residual blocks differ in width: "tutorial-32" has
-    # more kinds than dynamo compiles of one function, 8.
+    # The attention blocks of a level share one graph. Residual blocks differ in width: "tutorial-32" has more kinds
+    # than the 8 that dynamo compiles of one function.
     _repeated_blocks = ["MiniAttention"]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
 
@@ -413,14 +400,14 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
         self.norm_out = MiniGroupNorm(norm_num_groups, widths[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)
-        # A new network predicts next to nothing, so its first loss is that of predicting the mean. At exactly nothing,
-        # no other layer would get a gradient in the first step, and an adapter on them would change nothing.
+        # A new network predicts almost zero, so its first loss is that of predicting the mean. Exactly zero would give
+        # no other layer a gradient in the first step, and an adapter on them would have no effect.
         with torch.no_grad():
             for parameter in self.conv_out.parameters():
                 parameter.mul_(0.3)
 
     def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
-        """Refuse a shape that cannot be built, naming the key that is wrong."""
+        """Raise a `ValueError` that names the config key that makes the shape impossible."""
         config = self.config
         allowed = ("DownBlock2D", "AttnDownBlock2D")
         if unknown := set(down_block_types) - set(allowed):
@@ -452,12 +439,12 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> "MiniUNet2DModel":
-        """Loads the network as diffusers does, but never from a pickle unless `use_safetensors=False` asks for one.
+        """Load the network as diffusers does, but from a pickle only with `use_safetensors=False`.
 
-        Left to itself diffusers falls back to a pickle where there are no safetensors, and asks the Hub for the list
-        of shards also when `HF_HUB_OFFLINE` is set.
+        diffusers falls back to a pickle if there are no safetensors, and contacts the Hub for the list of shards even
+        if `HF_HUB_OFFLINE` is set.
         """
-        if kwargs.get("use_safetensors") is None:  # what the pipelines pass when nothing was said
+        if kwargs.get("use_safetensors") is None:  # the default that pipelines pass
             kwargs["use_safetensors"] = True
         if constants.HF_HUB_OFFLINE:
             kwargs["local_files_only"] = True
@@ -473,12 +460,9 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
         Raises:
             ValueError: The name is unknown.
-
-        Examples:
-            >>> unet = MiniUNet2DModel.from_preset("tutorial-32", in_channels=3, out_channels=3)
         """
         if name not in PRESETS:
-            raise ValueError(f"No preset is called {name!r}; there are {', '.join(PRESETS)}.")
+            raise ValueError(f"preset={name!r} must be one of {', '.join(PRESETS)}.")
         unet: MiniUNet2DModel = cls(**{**PRESETS[name], **overrides})
         return unet
 
@@ -493,15 +477,15 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
         Args:
             sample: x_t, (B, in_channels, H, W), any H and W.
-            timestep: t in [0, num_train_timesteps), int or float, a number, a 0-d or a (1,) or (B,) tensor.
-            class_labels: (B,) int64 in [0, num_class_embeds), or `None`, which means the null label for every image.
-            return_dict: Whether to return an output object in place of a tuple.
+            timestep: t in [0, num_train_timesteps): an int or float, or a 0-d, (1,) or (B,) tensor of those.
+            class_labels: (B,) int64 in [0, num_class_embeds). `None`: the null label for every image.
+            return_dict: Whether to return an output object instead of a tuple.
 
         Returns:
             [`MiniUNet2DOutput`] or `(sample,)` with `sample` (B, out_channels, H, W).
 
         Raises:
-            ValueError: Labels are given to an unconditional network, or the sample has the wrong number of channels.
+            ValueError: An unconditional network gets labels, or the sample has the wrong number of channels.
         """
         if sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample has {sample.shape[1]} channels; this U-Net takes {self.config.in_channels}.")
@@ -526,7 +510,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
         sample = F.pixel_unshuffle(sample, patch)
-        if sample.is_cpu:  # where convolutions are fastest so; what follows keeps the format of the input
+        if sample.is_cpu:  # convolutions are fastest in channels last on a CPU; the layers below keep the format
             sample = sample.contiguous(memory_format=torch.channels_last)
         hidden_states = self.conv_in(sample)  # (B, D_0, H/p, W/p)
 
@@ -548,7 +532,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """Set a layer's weight and bias to zero, so that the branch that it ends starts as the identity."""
+    """Set a layer's weight and bias to zero, so that its residual branch starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

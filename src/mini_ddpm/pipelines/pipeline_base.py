@@ -91,7 +91,7 @@ class DenoisingPipelineMixin:
     def _call(self, values: dict[str, Any]) -> Iterator[None]:
         """Run the block as a call with these values of its `CallAttribute`s, and with a scheduler of its own.
 
-        At the end the values, and the timesteps of the scheduler, become those of the pipeline, where they can be read.
+        At the end the values and the scheduler's timesteps become those of the pipeline, where they can be read.
         """
         shared = self.__dict__["scheduler"]
         # A compiled or patched step is bound to the object that it was made for.

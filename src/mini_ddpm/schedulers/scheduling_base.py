@@ -158,6 +158,11 @@ def split_output(model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torc
     return mean, variance
 
 
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in half precision as float32, any other unchanged."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def draw_noise(like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
     """Draw standard normal noise of the shape, dtype and device of `like`; generator k of a list draws row k."""
     if isinstance(generator, list) and len(generator) != like.shape[0]:
@@ -348,6 +353,16 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self.config.prediction_type == "sample":
             return torch.zeros_like(signal), torch.ones_like(signal)
         return signal, -noise
+
+    def _result(
+        self, prev_sample: torch.Tensor, pred_original_sample: torch.Tensor, dtype: torch.dtype, return_dict: bool
+    ) -> MiniSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Return the two tensors of a step in `dtype`, as an output object or as a tuple."""
+        if dtype != prev_sample.dtype:
+            prev_sample, pred_original_sample = prev_sample.to(dtype), pred_original_sample.to(dtype)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return MiniSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
     def _bound_x0_(self, pred_original_sample: torch.Tensor) -> torch.Tensor:
         """Threshold x̂_0, or clip it in place, as the config says. Return the result."""

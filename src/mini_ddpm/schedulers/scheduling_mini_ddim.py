@@ -21,6 +21,7 @@ from .scheduling_base import (
     TimestepSpacing,
     add_scaled_,
     draw_noise,
+    in_float32,
     scaled,
     split_output,
 )
@@ -58,35 +59,24 @@ class MiniDDIMScheduler(MiniSchedulerBase):
         thresholding, dynamic_thresholding_ratio, sample_max_value: See [`MiniDDPMScheduler`].
         timestep_spacing, steps_offset, rescale_betas_zero_snr: See [`MiniDDPMScheduler`].
 
-    Raises:
-        ValueError: A value is outside the allowed set.
-
     Examples:
         >>> scheduler = MiniDDIMScheduler(prediction_type="v_prediction")
         >>> scheduler.set_timesteps(20)
         >>> for t in scheduler.timesteps:
-        ...     sample = scheduler.step(model(sample, t), t, sample).prev_sample
+        ...     sample = scheduler.step(model(sample, t), t, sample, eta=0.5).prev_sample
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: BetaSchedule = "squaredcos_cap_v2",
-        trained_betas: np.ndarray | list[float] | None = None,
-        clip_sample: bool = True,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
+        num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "squaredcos_cap_v2", trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = True, set_alpha_to_one: bool = True, steps_offset: int = 0,
         prediction_type: PredictionType = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: TimestepSpacing = "trailing",
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+        timestep_spacing: TimestepSpacing = "trailing", rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
         with torch.device("cpu"):  # whatever default device the user has set
             self._set_up_noise_schedule()
             self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
@@ -114,28 +104,24 @@ class MiniDDIMScheduler(MiniSchedulerBase):
         self._store_steps(columns, device)
 
     def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
         generator: torch.Generator | list[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> MiniSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> MiniSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Step from x_t to x_s = √ᾱ_s x̂_0 + √(1-ᾱ_s-σ²) ε̂ + σ z, σ = η σ_t(1) (arXiv 2010.02502, eq. 12 and 16).
 
         Args:
             model_output: The model's prediction, (B, C, H, W). The variance half of (B, 2C, H, W) is ignored.
-            timestep: t in [0, T - 1], an int or a tensor, 0-d or (B,). A tensor on the device is never read on the
-                host, and `torch.compile` compiles once for all t.
+            timestep: t, see [`MiniDDPMScheduler.step`].
             sample: x_t, (B, C, H, W).
             eta: η in [0, 1].
             use_clipped_model_output: Whether to recompute ε̂ from x_t and the clipped x̂_0.
             generator: Source of the noise z. Generator k of a list draws row k.
             variance_noise: z itself, (B, C, H, W). Give this or `generator`, not both.
-            return_dict: Whether to return an output object instead of a tuple.
+            return_dict: Whether to return an output object.
 
         Returns:
             See [`MiniDDPMScheduler.step`].
@@ -151,9 +137,7 @@ class MiniDDIMScheduler(MiniSchedulerBase):
             raise ValueError(f"`eta` must be within [0, 1]; got {eta!r}.")
         c = self._coefficients_at(timestep, sample)
         model_output, _ = split_output(model_output, sample)
-        prediction, x_t = model_output, sample
-        if sample.dtype in (torch.float16, torch.bfloat16):
-            prediction, x_t = prediction.float(), x_t.float()
+        prediction, x_t = in_float32(model_output), in_float32(sample)
 
         # 1. x̂_0, not clipped yet
         pred_original_sample = add_scaled_(scaled(c.from_sample, x_t), c.from_output, prediction)
@@ -175,8 +159,4 @@ class MiniDDIMScheduler(MiniSchedulerBase):
                 raise ValueError("Give either `generator` or `variance_noise`, not both.")
             prev_sample = add_scaled_(prev_sample, eta * c.std, variance_noise)
 
-        if sample.dtype != prev_sample.dtype:
-            prev_sample, pred_original_sample = prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return MiniSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return self._result(prev_sample, pred_original_sample, sample.dtype, return_dict)

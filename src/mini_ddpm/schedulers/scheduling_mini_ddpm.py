@@ -22,6 +22,7 @@ from .scheduling_base import (
     add_scaled_,
     check_choice,
     draw_noise,
+    in_float32,
     scaled,
     split_output,
 )
@@ -88,22 +89,14 @@ class MiniDDPMScheduler(MiniSchedulerBase):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: BetaSchedule = "squaredcos_cap_v2",
-        trained_betas: np.ndarray | list[float] | None = None,
+        num_train_timesteps: int = 1000, beta_start: float = 0.0001, beta_end: float = 0.02,
+        beta_schedule: BetaSchedule = "squaredcos_cap_v2", trained_betas: np.ndarray | list[float] | None = None,
         variance_type: VarianceType = "fixed_small",
-        clip_sample: bool = True,
-        prediction_type: PredictionType = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
-        timestep_spacing: TimestepSpacing = "trailing",
-        steps_offset: int = 0,
-        rescale_betas_zero_snr: bool = False,
-    ) -> None:
+        clip_sample: bool = True, prediction_type: PredictionType = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0, sample_max_value: float = 1.0,
+        timestep_spacing: TimestepSpacing = "trailing", steps_offset: int = 0, rescale_betas_zero_snr: bool = False,
+    ) -> None:  # fmt: skip
         self.variance_type = variance_type or "fixed_small"  # a saved config of DPM-Solver has null here
         with torch.device("cpu"):  # whatever default device the user has set
             self._set_up_noise_schedule()
@@ -188,9 +181,7 @@ class MiniDDPMScheduler(MiniSchedulerBase):
         """
         c = self._coefficients_at(timestep, sample)
         model_output, predicted_variance = split_output(model_output, sample)
-        prediction, x_t = model_output, sample
-        if sample.dtype in (torch.float16, torch.bfloat16):
-            prediction, x_t = prediction.float(), x_t.float()
+        prediction, x_t = in_float32(model_output), in_float32(sample)
 
         # 1. x̂_0, bounded
         pred_original_sample = self._bound_x0_(add_scaled_(scaled(c.from_sample, x_t), c.from_output, prediction))
@@ -214,8 +205,4 @@ class MiniDDPMScheduler(MiniSchedulerBase):
                     std = std * (0.5 * (fraction * c.log_high + (1 - fraction) * c.log_low)).exp()
             prev_sample = add_scaled_(prev_sample, std, draw_noise(model_output, generator))
 
-        if sample.dtype != prev_sample.dtype:
-            prev_sample, pred_original_sample = prev_sample.to(sample.dtype), pred_original_sample.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return MiniSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return self._result(prev_sample, pred_original_sample, sample.dtype, return_dict)
