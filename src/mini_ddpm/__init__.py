@@ -28,16 +28,12 @@ from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
 
 if TYPE_CHECKING:
-    from mini_ddpm.data import image_dataset as image_dataset
-    from mini_ddpm.evaluation.evaluate import EvaluateConfig as EvaluateConfig, evaluate as evaluate
-    from mini_ddpm.plots import (
-        denoising_film as denoising_film,
-        noising_strip as noising_strip,
-        sample_grid as sample_grid,
-    )
-    from mini_ddpm.training.distill import DistillConfig as DistillConfig, distill as distill
-    from mini_ddpm.training.loss import compute_loss as compute_loss
-    from mini_ddpm.training.train import TrainConfig as TrainConfig, train as train
+    from mini_ddpm.data import image_dataset
+    from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
+    from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
+    from mini_ddpm.training.distill import DistillConfig, distill
+    from mini_ddpm.training.loss import compute_loss
+    from mini_ddpm.training.train import TrainConfig, train
 
 __version__ = "0.1.0"
 
@@ -53,16 +49,26 @@ _LAZY = {
 
 __all__ = [
     "PRETRAINED",
+    "DistillConfig",
+    "EvaluateConfig",
     "MiniDDIMScheduler",
     "MiniDDPMClassConditionalPipeline",
     "MiniDDPMPipeline",
     "MiniDDPMPipelineOutput",
     "MiniDDPMScheduler",
     "MiniUNet2DModel",
+    "TrainConfig",
     "__version__",
+    "compute_loss",
+    "denoising_film",
+    "distill",
+    "evaluate",
+    "image_dataset",
     "load_pipeline",
+    "noising_strip",
+    "sample_grid",
+    "train",
 ]
-__all__ += [name for names in _LAZY.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:
