@@ -65,6 +65,7 @@ def bundle(file: Path) -> bytes:
                         f"{path}, line {node.lineno}: `{ast.unparse(node)}` cannot be saved with a pipeline. A module "
                         "that is saved may only use `from .module import name`, at its top level."
                     )
+        own: dict[str, str] = {}
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 imported = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
@@ -73,9 +74,10 @@ def bundle(file: Path) -> bytes:
                 for index in range(node.lineno - 1, node.end_lineno or node.lineno):
                     lines[index] = ""
                 continue
-            for name, definition in _defined_names(node):
-                if definitions.setdefault(name, definition) != definition:
-                    raise ValueError(f"{path}: {name} is also defined by a module that is saved in the same file.")
+            own |= _defined_names(node)
+        for name, definition in own.items():
+            if definitions.setdefault(name, definition) != definition:
+                raise ValueError(f"{path}: {name} is also defined by a module that is saved in the same file.")
         modules[path] = "".join(lines)
 
     add(file)
@@ -84,16 +86,16 @@ def bundle(file: Path) -> bytes:
     return "\n\n".join(f"# ---- {path.name} ----\n\n{text.strip()}\n" for path, text in modules.items()).encode()
 
 
-def _defined_names(node: ast.stmt) -> list[tuple[str, str]]:
+def _defined_names(node: ast.stmt) -> dict[str, str]:
     """Return the names that a statement of a module defines, each with its definition."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         module = getattr(node, "module", None)
-        return [(alias.asname or alias.name, f"{module} {alias.name}") for alias in node.names]
+        return {alias.asname or alias.name: f"{module} {alias.name}" for alias in node.names}
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return [(node.name, ast.dump(node))]
+        return {node.name: ast.dump(node)}
     targets = getattr(node, "targets", [getattr(node, "target", None)])  # of an assignment
     names = [name for target in targets if target is not None for name in ast.walk(target)]
-    return [(name.id, ast.dump(node)) for name in names if isinstance(name, ast.Name)]
+    return {name.id: ast.dump(node) for name in names if isinstance(name, ast.Name)}
 
 
 class PortablePipelineMixin:
