@@ -51,6 +51,8 @@ def run_folder(tmp_path_factory, tiny_unet):
     (folder / "README.md").unlink()
     (folder / "checkpoint-20").mkdir()
     (folder / "checkpoint-20" / "optimizer.bin").write_bytes(b"0" * 1000)
+    for name in ("notes.txt", ".config.json", "optimizer.bin"):  # not the pipeline's
+        (folder / "unet" / name).write_text("/home/me")
     (folder / "samples").mkdir()
     for epoch in (1, 2):
         Image.new("L", (8, 8), epoch).save(folder / "samples" / f"epoch-{epoch:04d}.png")
@@ -532,7 +534,13 @@ def test_pushes_and_pulls_with_the_package(published, run_folder, loopback_hub):
     assert f'revision="{oid}"' in card and PLACEHOLDER not in card and "## Evaluation" in card
     # The changed weights have no evaluation, and the card of the pull request says so.
     for ref in ("branch", "refs/pr/1"):
-        assert "## Evaluation" not in loopback_hub.files("user/all", ref)["README.md"].decode()
+        files = dict(loopback_hub.files("user/all", ref))
+        card = files.pop("README.md").decode()
+        assert "## Evaluation" not in card
+        # The card names the commit of these weights, not the one that the branch began with.
+        named = dict(loopback_hub.files("user/all", re.search(r'revision="([0-9a-f]{40})"', card)[1]))
+        del named["README.md"]
+        assert named == files
     weights = {name for name in loopback_hub.files("user/shards") if "safetensors" in name}
     assert "unet/diffusion_pytorch_model.safetensors" not in weights  # the shards replaced it
     assert "unet/diffusion_pytorch_model.safetensors.index.json" in weights and len(weights) > 2
@@ -771,12 +779,14 @@ for name, arguments in {{
 os.environ["HF_TOKEN"] = "hf_stale"
 out["cli, sample stale token"] = cli("sample", "user/public", "--steps", 1, "--num-images", 1, "--device", "cpu")
 catch("own, stale token, token=False", own, "user/public", token=False)
+catch("push, token=False", pipe.push_to_hub, "user/new", token=False)
 print(json.dumps(out))
 """,
         token=None,
     )
     expected = {
         "push, no token": ("To push to user/new, log in with `hf auth login`", "NoneType"),
+        "push, token=False": ("To push to user/new, log in with `hf auth login`", "NoneType"),
         "push, wrong token": ("The Hub rejected your token (from HF_TOKEN, `token=`", "HfHubHTTPError"),
         "push, read-only token, new": ("Your token has no write access to user/new", "HfHubHTTPError"),
         "push, read-only token": ("Your token has no write access to user/public", "HfHubHTTPError"),
@@ -867,6 +877,7 @@ print(json.dumps(out))
 
 def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_process):
     loopback_hub.lfs.clear()  # it does not request files that it has
+    loopback_hub.messages.clear()
     weights = "unet/diffusion_pytorch_model.safetensors"
     damages = [("truncate", weights), ("flip", weights), ("flip", "unet/config.json")]
     run = fresh_process(
@@ -876,6 +887,9 @@ def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_proce
 import shutil
 from pathlib import Path
 from mini_ddpm import *
+from mini_ddpm.hub.card import render_card
+from mini_ddpm.hub.facts import read_facts
+from mini_ddpm.hub.publish import staged_pipeline
 from huggingface_hub import HfApi
 folder, api = {str(run_folder)!r}, HfApi()
 pipe = load_pipeline(folder)
@@ -890,6 +904,15 @@ catch("push again", pipe.push_to_hub, "user/broken")
 sha = api.model_info("user/broken").sha
 catch("push the same", pipe.push_to_hub, "user/broken")
 out["nothing new"] = sha == api.model_info("user/broken").sha
+# A card that names no commit, as after a failed second commit: a pull request leaves it, a push completes it.
+with staged_pipeline(folder) as staged:
+    unnamed = render_card(read_facts(staged) | {{"repo_id": "user/broken"}})
+api.upload_file(path_or_fileobj=unnamed.encode(), path_in_repo="README.md", repo_id="user/broken")
+for key in ("request", "push"):
+    pipe.push_to_hub("user/broken", create_pr=key == "request")
+    card = open(api.hf_hub_download("user/broken", "README.md")).read()
+    out[f"card after {{key}}"] = "unnamed" if card == unnamed else "named" if "revision=" in card else card
+sha = api.model_info("user/broken").sha
 torch.nn.init.ones_(pipe.unet.conv_out.bias)
 fail(start="POST /api/models/user/broken/commit/refs", status=500)  # the second commit, with the card
 catch("push, card lost", pipe.push_to_hub, "user/broken", create_pr=True)
@@ -921,6 +944,9 @@ print(json.dumps(out))
         assert result[f"push, {name} lost"][0].endswith(". Nothing was published; push again.")
         assert result[f"after {name}"] == [".gitattributes"]
     assert result["push again"] == ["it worked", ""] and result["nothing new"]
+    assert (result["card after request"], result["card after push"]) == ("unnamed", "named")
+    # After the first push and the last, not after the same one again.
+    assert loopback_hub.messages.count("Name the commit to load in the model card") == 2
     assert result["push, card lost"][0].startswith(
         "The pipeline was published on user/broken, but its model card does not name the new commit: "
     )
