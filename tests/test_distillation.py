@@ -93,7 +93,8 @@ def test_the_optimum_of_a_linear_students_loss_is_two_steps_of_its_teacher(predi
 
 @pytest.mark.parametrize("steps", [1, 3, 8])
 @pytest.mark.parametrize(
-    ("guidance_scale", "interval"), [(None, (0, 1)), (1.0, (0, 1)), (2.5, (0, 1)), (2.5, (0.25, 0.6))]
+    ("guidance_scale", "interval"),
+    [(None, (0, 1)), (1.0, (0, 1)), (2.5, (0, 1)), (2.5, (0.25, 0.6)), (2.5, (0.5, 0.75))],
 )
 def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guidance_scale, interval):
     scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample_range=1.1)
@@ -377,6 +378,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distillation finished. Draw images with: mini-ddpm sample") == 1
+    assert done.stderr.count(f"{config.teacher}: 4 steps to 2; about ") == 1
     sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 1, 0])
     predictions = [load_pipeline(folder).unet(sample, timesteps, labels).sample for folder in (one, two / "steps-2")]
     torch.testing.assert_close(*predictions, atol=1e-3, rtol=0)
