@@ -38,11 +38,11 @@ def test_any_channel_count_and_learned_variance(channels):
 
 
 def test_padding_of_odd_sizes_does_not_leak_into_even_ones():
-    # Where the patches divide the image, padding must not happen: the same pixels give the same output as without a
-    # patch remainder elsewhere in the code path.
-    unet = tiny()
+    unet, seen = tiny(), []
+    unet.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     sample = torch.randn(1, 1, 28, 28)
-    assert torch.equal(unet(sample, 3).sample, unet(sample.clone(), 3).sample)
+    unet(sample, 3)
+    assert torch.equal(seen[0], nn.functional.pixel_unshuffle(sample, 2))  # nothing was padded
     cropped, padded = sample[..., :27, :27], sample.clone()
     padded[..., 27, :], padded[..., :, 27] = padded[..., 26, :], padded[..., :, 26]
     padded[..., 27, 27] = sample[..., 26, 26]
@@ -106,8 +106,10 @@ def test_half_precision(dtype):
     assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_timestep_embedding_is_its_formula_also_in_half_precision():
-    emb = timestep_embedding(torch.tensor([999.0], dtype=torch.float16).long(), 8)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float16])
+def test_timestep_embedding_is_its_formula_also_in_half_precision(dtype):
+    emb = timestep_embedding(torch.tensor([999], dtype=dtype), 8)  # 999 is exact in float16
+    assert emb.shape == (1, 8) and emb.dtype == torch.float32
     for i in range(4):
         phase = 999 * 10_000 ** (-i / 4)
         assert emb[0, i].item() == pytest.approx(math.cos(phase), abs=1e-4)
@@ -228,3 +230,15 @@ def test_wrong_input_is_refused():
         unet(torch.randn(1, 1, 28, 28), 5, torch.tensor([1]))
     with pytest.raises(ValueError, match="tutorial-32"):
         MiniUNet2DModel.from_preset("huge")
+
+
+def test_a_pickle_is_read_only_on_request(tiny_unet, tmp_path):
+    """diffusers falls back to a pickle if there are no safetensors. Pipelines pass `use_safetensors=None`."""
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    assert [file.suffix for file in tmp_path.iterdir() if "diffusion" in file.name] == [".bin"]
+    for options in ({}, {"use_safetensors": None}, {"use_safetensors": True}):
+        with pytest.raises(OSError, match="safetensors"):
+            MiniUNet2DModel.from_pretrained(tmp_path, **options)
+    loaded = MiniUNet2DModel.from_pretrained(tmp_path, use_safetensors=False)
+    assert all(map(torch.equal, loaded.state_dict().values(), unet.state_dict().values()))
