@@ -575,8 +575,13 @@ def test_a_converted_scheduler_keeps_the_keys_of_others(folder):
     pipe = load_pipeline(folder)
     solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=3)
     pipe.scheduler = MiniDDIMScheduler.from_config(solver.config)
+    expected = quiet(pipe)(1, num_inference_steps=3, generator=seeds(0), output_type="pt").images
     pipe.save_pretrained(folder)
-    load_pipeline(folder)
+    loaded = load_pipeline(folder)
+    assert type(loaded.scheduler) is MiniDDIMScheduler and loaded.scheduler.config["solver_order"] == 3
+    assert torch.equal(loaded.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+    again = quiet(loaded)(1, num_inference_steps=3, generator=seeds(0), output_type="pt").images
+    assert torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("name", ["no-such-thing", "a/b/c", "bad name/x"])
