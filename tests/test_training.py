@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,7 +29,7 @@ from mini_ddpm import (
 from mini_ddpm.data import image_dataset
 from mini_ddpm.pipelines.pipeline_base import DEFAULT_NUM_INFERENCE_STEPS
 from mini_ddpm.training.batches import image_batches, image_ids, noise_batch
-from mini_ddpm.training.checkpoints import claim_folder, truncate_log
+from mini_ddpm.training.checkpoints import FIXED_SETTINGS, claim_folder, truncate_log
 from mini_ddpm.training.loss import beyond_saturation, compute_loss, saturated_ends
 from mini_ddpm.training.train import TrainConfig, _new_model, train
 
@@ -717,6 +718,25 @@ def test_runs_of_earlier_versions_continue_exactly_or_are_refused(config):
                 train(dataclasses.replace(config, output_dir=older))
             assert "\n" not in str(error.value)
             assert json.loads(file.read_text()) == before and not (older / WEIGHTS).exists()
+
+
+def test_constants_that_were_settings_are_in_effect(config, monkeypatch):
+    averages, formats = [], []
+
+    class Average(EMAModel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            averages.append(options)
+
+    def loss(model, *args):
+        formats.append(model.conv_in.weight.is_contiguous(memory_format=torch.channels_last))
+        return compute_loss(model, *args)
+
+    monkeypatch.setattr("diffusers.training_utils.EMAModel", Average)
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", loss)
+    train(dataclasses.replace(config, max_train_steps=1, ema_max_decay=0.9))
+    assert averages == [{"decay": 0.9, "use_ema_warmup": True, "power": 0.75, "foreach": True}]
+    assert formats == [True] and FIXED_SETTINGS == {"channels_last": True, "ema_power": 0.75}
 
 
 def test_a_setting_that_only_the_held_run_has_is_refused(tmp_path):
