@@ -6,7 +6,7 @@ interrupt flag) belongs to that call alone.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -143,53 +143,21 @@ class DenoisingPipelineMixin:
         return output.to(sample.dtype)
 
     def _draw(
-        self,
-        batch_size: int,
-        conditions: dict[str, torch.Tensor],
-        values: dict[str, Any],
-        *,
-        num_inference_steps: int | None,
-        eta: float,
-        use_clipped_model_output: bool,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        height: int | None,
-        width: int | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        return_trajectory: bool,
+        self, batch_size: int, conditions: dict[str, torch.Tensor], values: dict[str, Any], options: dict[str, Any]
     ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
-        """Draw images. `conditions` go to `_predict`, `values` are those of the call's `CallAttribute`s."""
-        if num_inference_steps is None:
-            num_inference_steps = int(self.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
-        self._check_inputs(
-            batch_size,
-            num_inference_steps,
-            eta,
-            height,
-            width,
-            generator,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        latents = self._prepare_latents(batch_size, height, width, generator, latents)
+        """Draw images.
+
+        `conditions` go to `_predict`, `values` are those of the call's `CallAttribute`s, `options` are the arguments
+        of the call that all pipelines have, by name.
+        """
+        steps, output_type = options["num_inference_steps"], options["output_type"]
+        if steps is None:
+            steps = int(self.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
+        self._check_inputs(options | {"batch_size": batch_size, "num_inference_steps": steps})
+        latents = self._prepare_latents(batch_size, options)
         conditions = {name: tensor.to(latents.device) for name, tensor in conditions.items()}
-        step_kwargs = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "generator": generator}
-        trajectory: list[torch.Tensor] | None = [] if return_trajectory else None
-        predictions: list[torch.Tensor] = []
         with self._call(values):
-            latents = self._denoise(
-                latents,
-                conditions,
-                num_inference_steps,
-                step_kwargs,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                trajectory,
-                predictions,
-            )
+            latents, trajectory, predictions = self._denoise(latents, conditions, steps, options)
         images: Any = latents
         if output_type != "latent":
             images = (latents / 2 + 0.5).clamp(0, 1).float()
@@ -200,21 +168,11 @@ class DenoisingPipelineMixin:
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
 
         result = MiniDDPMPipelineOutput(images=images)
-        if trajectory is not None:
+        if options["return_trajectory"]:
             result = MiniDDPMPipelineOutput(images, torch.stack(trajectory), torch.stack(predictions))
-        return result if return_dict else result.to_tuple()
+        return result if options["return_dict"] else result.to_tuple()
 
-    def _check_inputs(
-        self,
-        batch_size: int,
-        num_inference_steps: int,
-        eta: float,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        output_type: str,
-        tensor_inputs: Sequence[str],
-    ) -> None:
+    def _check_inputs(self, options: dict[str, Any]) -> None:
         """Raise a `ValueError` of one line for the first argument that is invalid."""
         if getattr(self.scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
@@ -222,44 +180,41 @@ class DenoisingPipelineMixin:
                 " and flow-matching schedulers scale the network's input and output differently from a DDPM. Use DDPM,"
                 " DDIM or another of `pipe.scheduler.compatibles` that has it."
             )
-        counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps}
-        counts |= {name: n for name, n in (("height", height), ("width", width)) if n is not None}
-        for name, n in counts.items():
-            if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        for name in ("batch_size", "num_inference_steps", "height", "width"):
+            n = options[name]
+            is_size_by_default = n is None and name in ("height", "width")
+            if not is_size_by_default and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
                 raise ValueError(f"`{name}` must be a whole number, at least 1, but is {n!r}.")
-        limit = self.scheduler.config.num_train_timesteps
-        if num_inference_steps > limit:
+        steps, limit = options["num_inference_steps"], self.scheduler.config.num_train_timesteps
+        if steps > limit:
             raise ValueError(
                 f"`num_inference_steps` must be at most {limit}, the scheduler's `num_train_timesteps`,"
-                f" but is {num_inference_steps}."
+                f" but is {steps}."
             )
+        eta, generator, batch_size = options["eta"], options["generator"], options["batch_size"]
         if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
             raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(generator)} for {batch_size} images. Give one generator per image."
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
-        for name in tensor_inputs:
+        if options["output_type"] not in OUTPUT_TYPES:
+            raise ValueError(
+                f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {options['output_type']!r}."
+            )
+        for name in options["callback_on_step_end_tensor_inputs"]:
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {allowed}, but holds {name!r}.")
 
-    def _prepare_latents(
-        self,
-        batch_size: int,
-        height: int | None,
-        width: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _prepare_latents(self, batch_size: int, options: dict[str, Any]) -> torch.Tensor:
         """Return standard normal noise, (B, C, H, W), drawn or checked, on the execution device.
 
         x_t stays in float32 also if the network runs in half precision. Rounding x_t at every step would add up to a
         visible background, and one seed would give different noise in each dtype.
         """
-        config = self.unet.config
+        config, height, width = self.unet.config, options["height"], options["width"]
+        latents: torch.Tensor | None = options["latents"]
         if latents is None:
             size = config.sample_size
             if size is None and (height is None or width is None):
@@ -279,6 +234,7 @@ class DenoisingPipelineMixin:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"`latents` must have the shape {shape}, but has {tuple(latents.shape)}.")
             return latents.to(device=device, dtype=dtype)
+        generator = options["generator"]
         generator = list(generator) if isinstance(generator, tuple) else generator
         noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return noise
@@ -288,13 +244,9 @@ class DenoisingPipelineMixin:
         latents: torch.Tensor,
         conditions: dict[str, torch.Tensor],
         num_inference_steps: int,
-        step_kwargs: dict[str, Any],
-        callback: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None,
-        tensor_inputs: Sequence[str],
-        trajectory: list[torch.Tensor] | None,
-        predictions: list[torch.Tensor],
-    ) -> torch.Tensor:
-        """Run the loop from x_T, noise (B, C, H, W), to x_0. Record x_t and x̂_0 if there is a trajectory."""
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the loop from x_T, noise (B, C, H, W), to x_0. Return x_0, and if asked for every x_t and x̂_0."""
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         if hasattr(scheduler, "set_begin_index"):
@@ -315,7 +267,8 @@ class DenoisingPipelineMixin:
 
         # Pass to a scheduler's step the arguments that it accepts.
         accepted = inspect.signature(scheduler.step).parameters
-        step_kwargs = {name: value for name, value in step_kwargs.items() if name in accepted}
+        names = ("eta", "use_clipped_model_output", "generator")
+        step_kwargs = {name: options[name] for name in names if name in accepted}
         # A learned variance is in channels C..2C. Only the step of DDPM uses it, if configured to. Other schedulers
         # get the prediction alone. The config key does not tell them apart, since `from_config` keeps it.
         takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range") and (
@@ -323,8 +276,8 @@ class DenoisingPipelineMixin:
         )
 
         self._num_timesteps = len(scheduler.timesteps)
-        if trajectory is not None:
-            trajectory.append(latents)
+        callback, tensor_inputs = options["callback_on_step_end"], options["callback_on_step_end_tensor_inputs"]
+        trajectory, predictions = [latents], []
         with self.progress_bar(total=self._num_timesteps) as progress_bar:  # type: ignore[attr-defined]
             for i, t in enumerate(scheduler.timesteps):
                 if self.interrupt:
@@ -333,7 +286,7 @@ class DenoisingPipelineMixin:
                 model_output = self._predict(scheduler.scale_model_input(latents, t), t, **conditions)
                 prediction = model_output[:, :channels]  # (B, C, H, W)
                 output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)
-                if trajectory is not None:
+                if options["return_trajectory"]:
                     pred_original_sample = output.get("pred_original_sample")
                     if pred_original_sample is None:
                         pred_original_sample = predict_x0(scheduler, prediction, i, t, latents)
@@ -345,10 +298,10 @@ class DenoisingPipelineMixin:
                     changed = callback(self, i, t, {name: state[name] for name in tensor_inputs}) or {}
                     latents = changed.get("latents", latents)
                     conditions = {name: changed.get(name, tensor) for name, tensor in conditions.items()}
-                if trajectory is not None:
+                if options["return_trajectory"]:
                     trajectory.append(latents)
                 progress_bar.update()
-        return latents
+        return latents, trajectory, predictions
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:

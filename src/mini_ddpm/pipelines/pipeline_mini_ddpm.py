@@ -83,20 +83,6 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         Raises:
             ValueError: An argument is out of range, or the scheduler belongs to another process.
         """
-        return self._draw(
-            batch_size,
-            {},
-            {},
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
-            generator=generator,
-            latents=latents,
-            height=height,
-            width=width,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            return_trajectory=return_trajectory,
-        )
+        # all arguments but the first, by name
+        options = {name: value for name, value in locals().items() if name not in ("self", "batch_size")}
+        return self._draw(batch_size, {}, {}, options)

@@ -124,6 +124,9 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
                 belongs to another process.
             TypeError: A label is neither an integer nor a name.
         """
+        # the arguments that the unconditional pipeline has too, by name
+        own = ("self", "class_labels", "guidance_scale", "guidance_interval")
+        options = {name: value for name, value in locals().items() if name not in own}
         labels = self.get_label_ids(class_labels)
         if guidance_scale is None:
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
@@ -137,23 +140,8 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
                 "`guidance_interval` must be two numbers with 0 <= start < end <= 1, but is"
                 f" {guidance_interval!r}. To turn guidance off, pass guidance_scale=1."
             )
-        return self._draw(
-            len(labels),
-            {"class_labels": torch.tensor(labels)},
-            {"_guidance_scale": guidance_scale, "_guidance_interval": (start, end), "_num_guided_timesteps": 0},
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            use_clipped_model_output=use_clipped_model_output,
-            height=height,
-            width=width,
-            latents=latents,
-            generator=generator,
-            return_trajectory=return_trajectory,
-            output_type=output_type,
-            return_dict=return_dict,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        values = {"_guidance_scale": guidance_scale, "_guidance_interval": (start, end), "_num_guided_timesteps": 0}
+        return self._draw(len(labels), {"class_labels": torch.tensor(labels)}, values, options)
 
     def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
         """Return the labels as integers, one for each image, after the checks that `__call__` describes."""
