@@ -23,7 +23,8 @@ from huggingface_hub import HfApi
 # pipeline.
 PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
 
-# The model card of a pipeline about which nothing else is known.
+# The model card of a pipeline about which nothing else is known. A card with this text counts as generated, not as
+# hand-written, so a new text must be added beside it.
 CARD = """---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -31,8 +32,8 @@ tags:
 - mini-ddpm
 ---
 
-A small denoising diffusion model. Open it with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` from
-diffusers, or with `mini_ddpm.load_pipeline(...)` from the package mini-ddpm.
+A small denoising diffusion model. `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` opens it with
+diffusers alone, `mini_ddpm.load_pipeline(...)` where the package mini-ddpm is installed.
 """
 
 logger = logging.get_logger(__name__)
