@@ -307,14 +307,16 @@ def test_folder_with_other_files_is_left_alone(tmp_path, unconditional, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_film_has_a_frame_per_step(tmp_path, conditional, unconditional, suffix):
+def test_film_has_a_frame_per_step(tmp_path, conditional, unconditional, suffix, capsys):
     out = tmp_path / f"film{suffix}"
     assert run("sample", conditional, "--steps", 3, "--batch-size", 4, "--out", out) == 0
+    assert f"{out}: 6 images of 8x8, 3 steps" in capsys.readouterr().out
     with Image.open(out) as film:
         assert film.n_frames == 4
         grid = sample_grid(np.zeros((6, 8, 8, 1), dtype=np.uint8), columns=3)  # two of each class, below each other
         assert 10 < film.height - grid.height < 30  # the rest is the title
     assert run("sample", unconditional, "--steps", 1, "--batch-size", 4, "--out", out) == 0
+    assert f"{out}: 16 images of 8x8, 1 steps" in capsys.readouterr().out
     with Image.open(out) as film:
         grid = sample_grid(np.zeros((16, 8, 8, 1), dtype=np.uint8), columns=4)
         assert 10 < film.height - grid.height < 30
