@@ -310,6 +310,10 @@ def test_a_round_brings_the_student_to_its_teachers_two_steps(tmp_path):
         )
     )
     assert student == tmp_path / "distilled" / "steps-2"
+    settings = json.loads((student / "train_config.json").read_text())
+    assert (settings["guidance_scale"], settings["guidance_interval"]) == (1.0, [0.0, 1.0])  # none, as without classes
+    assert (settings["num_inference_steps"], settings["saturate"]) == (2, True)
+    assert settings["distilled_from"] == str(teacher)
     latents = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
     def draw(where, **options):

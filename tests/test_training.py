@@ -401,6 +401,9 @@ def test_grids_take_the_default_number_of_steps(config, monkeypatch, levels, ste
     # Four steps of four images are an epoch.
     assert [path.name for path in sorted((folder / "samples").iterdir())] == ["epoch-0001.png", "epoch-0002.png"]
     assert [(options["num_inference_steps"], options["batch_size"]) for options in calls] == [(steps, 64)] * 2
+    # What is saved is checked and logged first.
+    log = [json.loads(line)["step"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    assert log == [4, 5, 8]
     with Image.open(folder / "samples" / "epoch-0002.png") as grid:
         assert grid.width > 8 * 8
 
@@ -664,6 +667,20 @@ def test_accelerate_takes_the_device_that_was_found(config, monkeypatch, kind):
         with pytest.raises(Taken) as error:
             train(dataclasses.replace(config, device="auto", mixed_precision=precision))
         assert error.value.args == (kind == "cpu", precision)
+
+
+def test_runs_of_one_process_have_their_own_precision(config, monkeypatch):
+    seen = []
+
+    def loss(*args):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return compute_loss(*args)
+
+    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", loss)
+    for precision in ("no", "bf16", "no"):
+        folder = config.output_dir.with_name(f"{len(seen)}")
+        train(dataclasses.replace(config, output_dir=folder, max_train_steps=1, mixed_precision=precision))
+    assert seen == [None, torch.bfloat16, None]
 
 
 def test_help_is_plain_and_hides_what_nobody_needs(capsys):
