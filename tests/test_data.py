@@ -237,9 +237,9 @@ def test_unknown_split_column_and_resolution(tmp_path, make_pixels):
 
 
 def test_mixed_sizes_name_the_file_and_the_cure(tmp_path, make_pixels):
-    write(tmp_path, *make_pixels(2, 4, 4), np.zeros((4, 7), dtype=np.uint8))
+    write(tmp_path, *make_pixels(2, 4, 5), np.zeros((4, 7), dtype=np.uint8))
     text = message(tmp_path)
-    assert "2.png" in text and "7x4" in text and "4x4" in text and "resolution=..." in text
+    assert "2.png" in text and "has 7x4 pixels" in text and "the first has 5x4" in text and "resolution=..." in text
     assert len(image_dataset(tmp_path, resolution=4).stack(progress=False)[0]) == 3
 
 
@@ -317,6 +317,7 @@ def test_labels_that_are_no_class_indices(tmp_path, kind, labels, named):
     write_hub_layout(tmp_path, features, train={"image": pictures, "label": labels})
     text = message(tmp_path)
     assert "'label'" in text and "class indices" in text and named in text
+    assert ("(0 to 1)" if isinstance(kind, datasets.ClassLabel) else "(0, 1, ...)") in text
 
 
 def test_damaged_parquet_file(tmp_path):
@@ -334,6 +335,8 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
     was_offline = datasets.config.HF_HUB_OFFLINE
+    assert not datasets.are_progress_bars_disabled()
     assert "not in the cache. Connect to the network, or pass a folder" in message("someone/pictures")
     assert "Retrying" not in "".join(capfd.readouterr())
     assert datasets.config.HF_HUB_OFFLINE is was_offline
+    assert not datasets.are_progress_bars_disabled()
