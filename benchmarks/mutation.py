@@ -42,9 +42,9 @@ for _pair in _PAIRS.split(", "):
     OPERATORS = {_other: _one, **OPERATORS, _one: _other}
 
 
-def places(tree: ast.Module) -> list[ast.AST]:
-    """The nodes that can be changed: no docstrings, annotations or error messages."""
-    found: list[ast.AST] = []
+def places(tree: ast.Module) -> list[tuple[ast.AST, str, int | None]]:
+    """The fields of nodes that can be changed: no docstrings, annotations or error messages."""
+    found: list[tuple[ast.AST, str, int | None]] = []
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
@@ -52,41 +52,34 @@ def places(tree: ast.Module) -> list[ast.AST]:
             isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         ):
             continue
-        if type(node) in OPERATORS or (
-            isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)) and node.value is not None
-        ):
-            found.append(node)
         for name, value in ast.iter_fields(node):
-            if name not in ("annotation", "returns", "decorator_list"):
-                pending += [
-                    item for item in (value if isinstance(value, list) else [value]) if isinstance(item, ast.AST)
-                ]
+            if name in ("annotation", "returns", "decorator_list"):
+                continue
+            for index, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                is_number = isinstance(item, ast.Constant) and isinstance(item.value, (bool, int, float))
+                if type(item) in OPERATORS or is_number:
+                    found.append((node, name, index))
+                elif isinstance(item, ast.AST):
+                    pending.append(item)
     return found
 
 
-def change(tree: ast.Module, index: int) -> tuple[ast.Module, int]:
-    """A copy of the tree in which place `index` is changed, and the number of its line."""
+def change(tree: ast.Module, place: int) -> tuple[ast.Module, int]:
+    """A copy of the tree in which one of its `places` is changed, and the number of the line."""
     tree = copy.deepcopy(tree)
-    node = places(tree)[index]
-    line = getattr(node, "lineno", 0)
-    for parent in ast.walk(tree):
-        for name, value in ast.iter_fields(parent):
-            for k, item in enumerate(value if isinstance(value, list) else [value]):
-                if item is not node:
-                    continue
-                line = line or getattr(parent, "lineno", 0)
-                new: ast.AST
-                if isinstance(node, ast.Constant):
-                    value_before = node.value
-                    new = ast.Constant(not value_before if isinstance(value_before, bool) else value_before + 1)
-                else:
-                    new = OPERATORS[type(node)]()
-                if isinstance(value, list):
-                    value[k] = new
-                else:
-                    setattr(parent, name, new)
-                return ast.fix_missing_locations(tree), line
-    raise AssertionError("the place is in the tree")
+    parent, name, index = places(tree)[place]
+    value = getattr(parent, name)
+    node = value if index is None else value[index]
+    new: ast.AST
+    if isinstance(node, ast.Constant):
+        new = ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)  # type: ignore[operator]
+    else:
+        new = OPERATORS[type(node)]()
+    if index is None:
+        setattr(parent, name, new)
+    else:
+        value[index] = new
+    return ast.fix_missing_locations(tree), getattr(node, "lineno", getattr(parent, "lineno", 0))
 
 
 def survives(package: Path, tests: list[str], seconds: int) -> bool:

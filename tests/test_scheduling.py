@@ -614,3 +614,55 @@ def test_a_step_costs_the_host_less_than_half_of_diffusers(pair):
                 scheduler.step(output, t, sample)
             record.append(time.perf_counter() - start)
     assert statistics.median(seconds[0]) < 0.5 * statistics.median(seconds[1])
+
+
+# --- what faults planted at random were not noticed in ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_before_set_timesteps_the_chain_is_whole(pair):
+    ours, theirs = (cls(**OURS) for cls in PAIRS[pair])
+    assert torch.equal(ours.timesteps, torch.arange(999, -1, -1)) and torch.equal(ours.timesteps, theirs.timesteps)
+    assert ours.num_inference_steps is None and ours.custom_timesteps is False
+    assert torch.equal(ours.previous_timestep(torch.arange(1000)), torch.arange(-1, 999))
+    if pair == "ddpm":
+        sample, output = tensors(1, 4, 4), tensors(1, 4, 4, seed=1)
+        for t in (999, 500, 1, 0):
+            expected = theirs.step(output, t, sample, generator=seeded()).prev_sample
+            torch.testing.assert_close(ours.step(output, t, sample, generator=seeded()).prev_sample, expected)
+
+
+@BOTH
+def test_a_single_custom_timestep(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(timesteps=[400])
+    assert scheduler.timesteps.tolist() == [400] and scheduler.num_inference_steps == 1 and scheduler.custom_timesteps
+    assert scheduler.previous_timestep(400) == -1
+    scheduler.set_timesteps(5)
+    assert scheduler.custom_timesteps is False
+
+
+def test_learned_variance_of_vectors():
+    """Samples without height and width, (B, C), split like images."""
+    scheduler = MiniDDPMScheduler(variance_type="learned_range")
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[3]
+    sample, output = tensors(3), tensors(6, seed=1)
+    stepped = scheduler.step(output, t, sample, generator=seeded()).prev_sample
+    as_images = scheduler.step(output[:, :, None, None], t, sample[:, :, None, None], generator=seeded()).prev_sample
+    assert torch.equal(stepped, as_images[:, :, 0, 0])
+    with pytest.raises(ValueError, match="twice its channels"):
+        scheduler.step(torch.zeros(2), t, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+)
+def test_get_variance_is_that_of_diffusers(variance_type):
+    ours, theirs = MiniDDPMScheduler(**OURS), DDPMScheduler(**OURS)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(50)
+    predicted = tensors(1, 2, 2).clamp(-1, 1)
+    for t in ours.timesteps[[0, 10, -2]]:
+        arguments = (t, predicted, variance_type)
+        torch.testing.assert_close(ours._get_variance(*arguments), theirs._get_variance(*arguments), rtol=1e-4, atol=0)

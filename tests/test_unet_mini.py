@@ -242,3 +242,14 @@ def test_a_pickle_is_read_only_on_request(tiny_unet, tmp_path):
             MiniUNet2DModel.from_pretrained(tmp_path, **options)
     loaded = MiniUNet2DModel.from_pretrained(tmp_path, use_safetensors=False)
     assert all(map(torch.equal, loaded.state_dict().values(), unet.state_dict().values()))
+
+
+def test_the_presets_of_the_tutorial():
+    """Dim 32 or 64, multipliers 1, 2, 4, 8, one block per level, single pixels, no attention."""
+    for name, dim in (("tutorial-32", 32), ("tutorial-64", 64)):
+        unet = MiniUNet2DModel.from_preset(name)
+        assert unet.config.block_out_channels == (dim, 2 * dim, 4 * dim, 8 * dim)
+        assert unet.conv_in.in_channels == unet.conv_out.out_channels == 1  # patches of one pixel
+        assert [len(block.resnets) for block in unet.down_blocks] == [1] * 4
+        assert not any("to_q" in key for key in unet.state_dict())
+    assert MiniUNet2DModel.from_preset("mini").config == MiniUNet2DModel().config
