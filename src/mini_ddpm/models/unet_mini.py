@@ -114,20 +114,11 @@ class MiniAttnProcessor:
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         hidden_states = hidden_states.flatten(2).to(query.dtype)  # (B, H·W, D)
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
-        return hidden_states
+        return attn.to_out[1](attn.to_out[0](hidden_states))  # type: ignore[no-any-return]
 
 
 class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
-    """Residual self-attention over the pixels of a feature map: `x + out(attention(norm(x)))`.
-
-    Args:
-        channels: Width D of the feature map.
-        head_dim: Width d of one head; must divide `channels`.
-        norm_num_groups: Groups of the GroupNorm.
-        norm_eps: Its epsilon.
-        dropout: Probability of dropping an output feature.
-    """
+    """Residual self-attention over the pixels of a feature map of width D: `x + out(attention(norm(x)))`."""
 
     _default_processor_cls = MiniAttnProcessor
     _available_processors = [MiniAttnProcessor]
@@ -155,26 +146,14 @@ class MiniResnetBlock(nn.Module):
     """Residual block in which the embedding scales and shifts the second norm ("AdaGN", ADM, section 3.1).
 
     `h = conv1(silu(norm1(x)))`, `h = conv2(dropout(silu((1 + scale)·norm2(h) + shift)))`, returns `skip(x) + h`.
-    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1).
-
-    Args:
-        in_channels: Width of the input.
-        out_channels: Width D of the output. If it differs, a 1x1 convolution adapts the residual.
-        embedding_dim: Width E of the embedding.
-        norm_num_groups: Groups of both GroupNorms.
-        norm_eps: Their epsilon.
-        dropout: Probability of dropping a feature before the last convolution.
+    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1). A 1x1 convolution adapts
+    the residual if the widths differ.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        embedding_dim: int,
-        norm_num_groups: int,
-        norm_eps: float,
+        self, in_channels: int, out_channels: int, embedding_dim: int, norm_num_groups: int, norm_eps: float,
         dropout: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = MiniGroupNorm(norm_num_groups, in_channels, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -200,31 +179,22 @@ class MiniLevel(nn.Module):
         in_channels: The input width of each residual block.
         out_channels: Width D of the level.
         attention: For each residual block, whether attention follows it.
-        embedding_dim, attention_head_dim, norm_num_groups, norm_eps, dropout: See [`MiniUNet2DModel`].
+        embedding_dim, attention_head_dim, norm: See [`MiniUNet2DModel`]; `norm` holds `norm_num_groups`, `norm_eps`
+            and `dropout`.
     """
 
     gradient_checkpointing = False
 
     def __init__(
-        self,
-        in_channels: tuple[int, ...],
-        out_channels: int,
-        attention: tuple[bool, ...],
-        embedding_dim: int,
-        attention_head_dim: int,
-        norm_num_groups: int,
-        norm_eps: float,
-        dropout: float,
-    ) -> None:
+        self, in_channels: tuple[int, ...], out_channels: int, attention: tuple[bool, ...], embedding_dim: int,
+        attention_head_dim: int, **norm: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.resnets = nn.ModuleList(
-            MiniResnetBlock(width, out_channels, embedding_dim, norm_num_groups, norm_eps, dropout)
-            for width in in_channels
+            MiniResnetBlock(width, out_channels, embedding_dim, **norm) for width in in_channels
         )
         self.attentions = nn.ModuleList(
-            MiniAttention(out_channels, attention_head_dim, norm_num_groups, norm_eps, dropout)
-            if attends
-            else nn.Identity()
+            MiniAttention(out_channels, attention_head_dim, **norm) if attends else nn.Identity()
             for attends in attention
         )
 
@@ -242,11 +212,9 @@ class MiniDownBlock(MiniLevel):
 
     def __init__(self, downsample_from: int | None, **level: Any) -> None:
         super().__init__(**level)
-        width = level["out_channels"]
-        # 3x3 with stride 2 halves any size, rounding up: 28 -> 14 -> 7 -> 4.
-        self.downsampler = (
-            nn.Conv2d(downsample_from, width, 3, stride=2, padding=1) if downsample_from is not None else nn.Identity()
-        )
+        self.downsampler: nn.Module = nn.Identity()
+        if downsample_from is not None:  # 3x3 with stride 2 halves any size, rounding up: 28 -> 14 -> 7 -> 4
+            self.downsampler = nn.Conv2d(downsample_from, level["out_channels"], 3, stride=2, padding=1)
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the skips, (B, D, H, W) each: the input and the output of each layer. The last is the result."""
@@ -273,8 +241,7 @@ class MiniUpBlock(MiniLevel):
 
     def __init__(self, upsample_from: int | None, **level: Any) -> None:
         super().__init__(**level)
-        width = upsample_from
-        self.upsampler = nn.Conv2d(width, width, 3, padding=1) if width is not None else None
+        self.upsampler = nn.Conv2d(upsample_from, upsample_from, 3, padding=1) if upsample_from is not None else None
 
     def forward(
         self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor
@@ -463,8 +430,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         """
         if name not in PRESETS:
             raise ValueError(f"preset={name!r} must be one of {', '.join(PRESETS)}.")
-        unet: MiniUNet2DModel = cls(**{**PRESETS[name], **overrides})
-        return unet
+        return cls(**{**PRESETS[name], **overrides})  # type: ignore[no-any-return]
 
     def forward(
         self,

@@ -71,7 +71,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         return self._num_guided_timesteps  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: D417
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         *,
@@ -90,9 +90,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
-        """Draw one image for each label.
-
-        The arguments from `num_inference_steps` on are those of [`MiniDDPMPipeline.__call__`].
+        """Draw one image for each label. The arguments without a description are those of [`MiniDDPMPipeline`]'s call.
 
         Args:
             class_labels: The classes: a label, a name out of `id2label`, a list of those, or an integer tensor (B,).
@@ -102,19 +100,6 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
             guidance_interval: Guide only the steps i of N with start <= i/N < end; 0 is noise, 1 the image. Early
                 guidance reduces variety and late guidance has no effect; in between it decides which class an image
                 becomes ([2404.07724](https://arxiv.org/abs/2404.07724)).
-            num_inference_steps: Denoising steps. Default: `default_num_inference_steps` of the pipeline's
-                configuration, else 20.
-            eta: DDIM's η, 0 to 1.
-            use_clipped_model_output: Whether DDIM recomputes ε from x_t and the clipped x̂_0.
-            height: Height in pixels.
-            width: Width in pixels.
-            latents: The initial noise, (B, C, H, W).
-            generator: One generator, or a list of one per image.
-            return_trajectory: Whether to return x_t and x̂_0 of each step too.
-            output_type: "pil", "np", "pt" or "latent".
-            return_dict: Whether to return an output object instead of a tuple.
-            callback_on_step_end: Called after each step.
-            callback_on_step_end_tensor_inputs: Names of the tensors for the callback.
 
         Returns:
             [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not `None`.
