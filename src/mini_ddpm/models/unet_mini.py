@@ -146,8 +146,8 @@ class MiniResnetBlock(nn.Module):
     """Residual block in which the embedding scales and shifts the second norm ("AdaGN", ADM, section 3.1).
 
     `h = conv1(silu(norm1(x)))`, `h = conv2(dropout(silu((1 + scale)·norm2(h) + shift)))`, returns `skip(x) + h`.
-    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1). A 1x1 convolution adapts
-    the residual if the widths differ.
+    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1). A 1x1 convolution
+    adapts the residual if the widths differ.
     """
 
     def __init__(
