@@ -40,6 +40,12 @@ def atomic_write(target: Path, *, folder: bool = False) -> Iterator[Path]:
         remove(temporary)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_write(target) as file:
+        file.write_text(text, encoding="utf-8")
+
+
 def flush(path: Path) -> None:
     """Write a file, or every file of a folder, through to the disk."""
     for file in path.rglob("*") if path.is_dir() else (path,):

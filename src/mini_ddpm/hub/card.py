@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_downl
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 
-from ..files import atomic_write
+from ..files import atomic_write, write_text
 from ..pipelines.portable import CARD
 from .errors import HTTPError
-from .facts import PROTOCOL_TEXTS, model_facts, read_facts, write_facts
+from .facts import PROTOCOL_TEXTS, model_facts, read_facts
 from .load import weights_by_variant
 
 _TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -29,11 +30,9 @@ _SIGNATURES = (
 
 
 def render_card(facts: dict[str, Any]) -> str:
-    """Render the model card, metadata and text.
+    """Render the model card, metadata and text, from what `read_facts` returns.
 
-    Args:
-        facts: What `read_facts` returns. A published pipeline has two more: `repo_id`, and `revision`, the commit that
-            holds it.
+    A published pipeline has two more facts: `repo_id`, and `revision`, the commit that holds it.
     """
     model, training = facts["model"], facts.get("training", {})
     name = str(facts.get("repo_id") or model["pipeline"]).split("/")[-1]
@@ -53,35 +52,38 @@ def render_card(facts: dict[str, Any]) -> str:
         for row in evaluation
         if row["dataset"]  # the Hub requires a dataset
     ]
-    model_index: dict[str, Any] = {"eval_results": results, "model_name": name} if results else {}
     metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         license=facts.get("license"),
         datasets=sorted({row["dataset"] for row in (*evaluation, training) if row.get("dataset")}) or None,
         tags=["mini-ddpm", "diffusion", "ddpm", "image-generation", *(f"arxiv:{paper}" for paper in papers)],
-        **model_index,
+        eval_results=results or None,
+        model_name=name if results else None,
     )
-    context = {key: facts.get(key) for key in ("picture", "repo_id", "revision", "license", "description")}
-    context |= {"limitations": facts.get("limitations", [])}
-    context |= {"name": name, "model": model, "training": training, "evaluation": evaluation, "papers": papers}
-    if size := model.get("sample_size"):
-        height, width = size if isinstance(size, list) else (size, size)
-        context["size"] = f"{width}×{height}"
+    size = model.get("sample_size")
+    height, width = size if isinstance(size, list) else (size, size)
+    context = facts | {"name": name, "training": training, "evaluation": evaluation, "papers": papers}
+    context |= {"size": f"{width}×{height}" if size else None}
 
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(context)
     card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n\n"))
-    return card + _SIGNATURES[0].format(_hash(card))
+    return _signed(card)[0]
 
 
 def is_rendered(file: Path) -> bool:
     """Return whether a card is exactly as it was rendered, so that replacing it loses nothing."""
-    text = file.read_text(encoding="utf-8").replace("\r\n", "\n")
-    card, mark, _ = text.partition(_SIGNATURES[0].partition("{")[0])
-    return text == CARD or (mark != "" and text in [card + signature.format(_hash(card)) for signature in _SIGNATURES])
+    text = file.read_text(encoding="utf-8")
+    return text == CARD or text in _signed(text.partition(_SIGNATURES[0].partition("{")[0])[0])
+
+
+def _signed(card: str) -> list[str]:
+    """Return a card with its signature, then with that of older versions."""
+    digest = hashlib.sha256(card.encode()).hexdigest()[:16]
+    return [card + signature.format(digest) for signature in _SIGNATURES]
 
 
 def write_card(pipe: Any, folder: Path) -> None:
@@ -100,43 +102,34 @@ def write_card(pipe: Any, folder: Path) -> None:
 
 def export_card(folder: Path, facts: dict[str, Any], out: Path) -> None:
     """Write the card, the facts and the picture of the pipeline in `folder` to the folder `out`."""
-    facts = dict(facts)
+    write_text(out / "README.md", render_card(_write_facts(facts, folder, out)))
+
+
+def _write_facts(facts: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """Write `facts.json` and its picture, `samples.png`, to the folder `target`. Return what was written."""
     if "picture" in facts:
-        facts["picture"] = _copy(folder / facts["picture"], out / "samples.png")
-    write_facts(facts, out)
-    write_text(out / "README.md", render_card(facts))
-
-
-def write_text(target: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with atomic_write(target) as file:
-        file.write_text(text, encoding="utf-8")
+        _copy(source / facts["picture"], target / "samples.png")
+        facts = facts | {"picture": "samples.png"}
+    write_text(target / "facts.json", json.dumps(facts, indent=2) + "\n")
+    return facts
 
 
 def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
     """Return the papers whose methods a model uses: arXiv number and title."""
-    is_ddim = "DDIM" in model["scheduler"]
-    is_cosine = model.get("beta_schedule") == "squaredcos_cap_v2"
-    is_distilled_or_v = model.get("prediction_type") == "v_prediction" or "default_num_inference_steps" in model
-    has_distilled_guidance = model.get("default_guidance_scale") == 1
-    papers = (
-        (True, "2006.11239", "Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020"),
-        (is_ddim, "2010.02502", "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"),
-        (is_cosine, "2102.09672", "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021"),
-        (
-            is_distilled_or_v,
-            "2202.00512",
-            "Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022",
-        ),
-        ("num_class_embeds" in model, "2207.12598", "Ho, Salimans: Classifier-Free Diffusion Guidance, 2022"),
-        (
-            "snr_gamma" in training,
-            "2303.09556",
-            "Hang et al.: Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023",
-        ),
-        (has_distilled_guidance, "2210.03142", "Meng et al.: On Distillation of Guided Diffusion Models, 2022"),
-    )
-    return {number: title for is_used, number, title in papers if is_used}
+    papers = {"2006.11239": "Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020"}
+    if "DDIM" in model["scheduler"]:
+        papers["2010.02502"] = "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"
+    if model.get("beta_schedule") == "squaredcos_cap_v2":
+        papers["2102.09672"] = "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021"
+    if model.get("prediction_type") == "v_prediction" or "default_num_inference_steps" in model:
+        papers["2202.00512"] = "Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022"
+    if "num_class_embeds" in model:
+        papers["2207.12598"] = "Ho, Salimans: Classifier-Free Diffusion Guidance, 2022"
+    if "snr_gamma" in training:
+        papers["2303.09556"] = "Hang et al.: Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023"
+    if model.get("default_guidance_scale") == 1:
+        papers["2210.03142"] = "Meng et al.: On Distillation of Guided Diffusion Models, 2022"
+    return papers
 
 
 def _evaluation_row(record: dict[str, Any], training_dataset: str | None) -> dict[str, Any]:
@@ -156,20 +149,12 @@ def _copy_facts_and_card(source: Path, folder: Path) -> None:
     """Copy the picture, the facts and a hand-written card from one pipeline's folder to another."""
     if source.parent.name == "snapshots" and not (source / "facts.json").exists():
         # The pipeline is in the Hub's cache, and diffusers did not download these files. Offline: fewer facts.
-        _, *names = source.parents[1].name.split("--")
+        repo_id, files = "/".join(source.parents[1].name.split("--")[1:]), ["facts.json", "samples.png"]
         with contextlib.suppress(OSError, HTTPError, HFValidationError):
-            snapshot_download(
-                "/".join(names),
-                revision=source.name,
-                cache_dir=source.parents[2],
-                allow_patterns=["facts.json", "samples.png"],
-            )
-    facts = read_facts(source)
-    if "picture" in facts:
-        facts["picture"] = _copy(source / facts["picture"], folder / "samples.png")
-    if facts.keys() - {"model", "repo_id", "revision"}:
-        kept = {key: value for key, value in facts.items() if key not in ("repo_id", "revision")}
-        write_facts(kept | {"model": model_facts(folder)}, folder)
+            snapshot_download(repo_id, revision=source.name, cache_dir=source.parents[2], allow_patterns=files)
+    facts = {key: value for key, value in read_facts(source).items() if key not in ("model", "repo_id", "revision")}
+    if facts:
+        _write_facts({"model": model_facts(folder)} | facts, source, folder)
     card = source / "README.md"
     if card.is_file() and not is_rendered(card) and not (folder / "README.md").exists():
         _copy(card, folder / "README.md")
@@ -187,12 +172,6 @@ def _holds_weights(folder: Path, unet: torch.nn.Module) -> bool:
     return False
 
 
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file and return the name of the copy."""
+def _copy(source: Path, target: Path) -> None:
     with atomic_write(target) as file:
         shutil.copyfile(source, file)
-    return target.name
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

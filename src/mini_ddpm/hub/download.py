@@ -16,11 +16,7 @@ _download_of_diffusers = DiffusionPipeline.download.__func__
 
 
 def download(cls: type[DiffusionPipeline], /, pretrained_model_name: str | Path, **kwargs: Any) -> Any:
-    """Download a pipeline with diffusers' `cls.download`, and replace its errors by one-line messages.
-
-    Raises:
-        OSError: The download failed. The message says why, and what to do.
-    """
+    """Download a pipeline with diffusers' `cls.download`, and replace its errors by an `OSError` of one line."""
     failed = "The download of {} from the Hub failed: {}."
     with explain_hub_errors(str(pretrained_model_name), kwargs.get("revision"), failed):
         return _download_of_diffusers(cls, pretrained_model_name, **kwargs)
@@ -36,13 +32,9 @@ def remove_corrupt_files(snapshot: Path) -> list[str]:
     corrupt = []
     for link in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.exists()):
         blob, content = link.resolve(), link.read_bytes()
-        if len(blob.name) == 64:
-            digest = hashlib.sha256(content).hexdigest()
-        elif len(blob.name) == 40:
-            digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        else:
-            continue
-        if digest != blob.name:
+        is_git_hash = len(blob.name) == 40
+        hashed = hashlib.sha1(b"blob %d\0" % len(content) + content) if is_git_hash else hashlib.sha256(content)
+        if len(blob.name) in (40, 64) and hashed.hexdigest() != blob.name:
             corrupt.append(link.relative_to(snapshot).as_posix())
             link.unlink()
             blob.unlink()
@@ -52,12 +44,8 @@ def remove_corrupt_files(snapshot: Path) -> list[str]:
 def verify(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[str, int]:
     """Compare the cached files of a repository with the Hub's checksums. Delete those that differ from the cache.
 
-    Returns:
-        The commit, and the number of files that match.
-
-    Raises:
-        OSError: A file is corrupt, or the Hub cannot be reached.
-        ValueError: The cache holds no file of the repository.
+    Return the commit and the number of files that match. A corrupt file or a failure of the Hub is an `OSError`, and a
+    cache without files of the repository a `ValueError`.
     """
     with explain_hub_errors(repo_id, revision, "The check of {} failed: {}."):
         try:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..files import atomic_write
 from .load import is_bundled, read_json, weights_by_variant
 
 PROTOCOL_TEXTS = {
@@ -60,31 +59,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def write_facts(facts: dict[str, Any], folder: Path) -> None:
-    """Write `facts.json` into a folder."""
-    with atomic_write(folder / "facts.json") as file:
-        file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
 def model_facts(folder: Path) -> dict[str, Any]:
     """Return the facts that the configurations and the headers of the weights files tell.
 
-    Raises:
-        OSError: A configuration is missing.
-        ValueError: A configuration is not a JSON object.
+    A missing configuration is an `OSError`, one that is not a JSON object a `ValueError`.
     """
     index = read_json(folder / "model_index.json")
     unet = read_json(folder / "unet" / "config.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
 
-    def class_name(value: Any) -> Any:
-        return value[-1] if isinstance(value, list) else value
-
-    model = {
-        "pipeline": class_name(index["_class_name"]),
-        "unet": class_name(index["unet"]),
-        "scheduler": class_name(index["scheduler"]),
-    }
+    model: dict[str, Any] = {}
+    for fact, key in (("pipeline", "_class_name"), ("unet", "unet"), ("scheduler", "scheduler")):
+        model[fact] = index[key][-1] if isinstance(index[key], list) else index[key]
     for config, keys in (
         (unet, ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "num_class_embeds")),
         (scheduler, ("num_train_timesteps", "beta_schedule", "prediction_type")),
@@ -109,21 +95,16 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     """Return the facts that a training run's own files tell."""
     config = read_json(folder / "train_config.json")
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
-    keys += ["mixed_precision", "seed", "guidance_scale"]  # the last one only for a distilled pipeline
-    facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto")}
-    if config.get("guidance_interval", [0, 1]) != [0, 1]:
-        facts["guidance_interval"] = config["guidance_interval"]
+    keys += ["mixed_precision", "seed", "guidance_scale", "guidance_interval"]  # guidance: of a distilled pipeline
+    facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto", [0, 1])}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config["class_dropout_prob"]
-    for fact, key in (
-        ("dataset", "dataset_name"),
-        ("started_from", "pretrained_model_name_or_path"),
-        ("distilled_from", "distilled_from"),
-    ):
+    renamed = {"dataset_name": "dataset", "pretrained_model_name_or_path": "started_from"}
+    for key in (*renamed, "distilled_from"):
         name = str(config.get(key))
         is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
-        if is_on_hub or (fact != "dataset" and is_bundled(name)):  # do not publish local paths
-            facts[fact] = name
+        if is_on_hub or (key != "dataset_name" and is_bundled(name)):  # do not publish local paths
+            facts[renamed.get(key, key)] = name
     log = folder / "train_log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     for line in lines[-1:]:
@@ -137,17 +118,15 @@ def _training_facts(folder: Path) -> dict[str, Any]:
 def _evaluation_records(file: Path) -> list[dict[str, Any]]:
     """Return one record per metric from an `evaluation.json`.
 
-    Raises:
-        ValueError: A row is neither one that `mini-ddpm evaluate` writes nor a record of one metric.
+    It holds rows that `mini-ddpm evaluate` wrote, or records of one metric. Any other row is a `ValueError`.
     """
     rows = read_json(file, list)
     records = []
     for i, row in enumerate(rows):
-        if isinstance(row, dict) and "protocol" in row:
+        row = row if isinstance(row, dict) else {}
+        if "protocol" in row:
             records += _metric_records(row, next((other for other in rows if other.get("images") == "real"), {}))
-        elif (
-            isinstance(row, dict) and isinstance(row.get("metric"), str) and isinstance(row.get("value"), (int, float))
-        ):
+        elif isinstance(row.get("metric"), str) and isinstance(row.get("value"), (int, float)):
             records.append(row)
         else:
             raise ValueError(f"{file}: record {i} needs a `metric` (a text) and a `value` (a number).")
@@ -156,29 +135,22 @@ def _evaluation_records(file: Path) -> list[dict[str, Any]]:
 
 
 def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one record per metric that a card shows, from a row that `mini-ddpm evaluate` wrote.
+    """Return one record per metric that a card shows, from the row of a sampler; none from that of real images.
 
-    Args:
-        row: The figures of one sampler. The row of real images gives no records.
-        real_row: The figures of real images, which the notes quote.
+    The notes quote the figures of real images, `real_row`.
     """
     if row["images"] == "real":
         return []
     protocol = row["protocol"]
     network = f"{protocol['feature_extractor']} in {protocol['feature_dtype']}"
     distance = f"against {protocol['reference_images']:,} real images, {network}; real images score "
+    nearest = "closer to a training image than any other training image is; unseen real images score "
     records = []
     for key, metric, name, note, number in (
         ("fid", "fid", "FID", distance, "{:.2f}"),
         ("frechet_distance", "frechet_distance", "Fréchet distance", distance, "{:.4g}"),
         ("class_accuracy", "accuracy", "Class accuracy", "judged by a classifier; real images score ", "{:.2%}"),
-        (
-            "memorization",
-            "memorization",
-            "Memorization",
-            "closer to a training image than any other training image is; unseen real images score ",
-            "{:.1%}",
-        ),
+        ("memorization", "memorization", "Memorization", nearest, "{:.1%}"),
     ):
         if key in row:
             record = {**row, "metric": metric, "name": name, "value": row[key], "split": protocol["split"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,7 @@ def is_bundled(name: str) -> bool:
 
 
 def local_folder(name_or_path: str | Path) -> Path:
-    """Return the folder of a bundled pipeline, or the given folder.
-
-    Raises:
-        OSError: There is no such folder.
-    """
+    """Return the folder of a bundled pipeline, or the given folder. A missing one is an `OSError`."""
     folder = PRETRAINED / name_or_path if is_bundled(str(name_or_path)) else Path(name_or_path)
     if not folder.is_dir():
         bundled = ", ".join(_bundled_names())
@@ -74,22 +69,15 @@ def weights_by_variant(folder: Path) -> dict[str | None, list[Path]]:
     return dict(sorted(found.items(), key=lambda item: item[0] or ""))
 
 
-def read_json(file: Path, kind: type = dict, parse: Callable[[Path], Any] | None = None) -> Any:
+def read_json(file: Path, kind: type = dict) -> Any:
     """Read a JSON file from a pipeline's folder.
 
-    Args:
-        file: The file.
-        kind: What it must hold: `dict` or `list`.
-        parse: What reads it instead of the `json` module.
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: The file is not JSON, or does not hold a `kind`.
+    A missing file is an `OSError`, one that does not hold JSON of this kind, `dict` or `list`, a `ValueError`.
     """
     if not file.is_file():
         raise OSError(f"{file.parent} is not a pipeline: it has no {file.name}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if parse is None else parse(file)
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, kind):
@@ -122,7 +110,8 @@ def _find_folder(name: str, kwargs: dict[str, Any]) -> Path:
 def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
     """Raise on the first problem that would otherwise fail with an obscure error or silently give bad images."""
     index_file = folder / "model_index.json"
-    index = read_json(index_file, parse=DiffusionPipeline._dict_from_json_file)
+    read_json(index_file)
+    index = DiffusionPipeline._dict_from_json_file(index_file)
     name = index.get("_class_name")
     pipeline_class = getattr(diffusers, name, None) if isinstance(name, str) else None
     if pipeline_class is None or not pipeline_class.__module__.startswith("mini_ddpm."):

@@ -13,8 +13,9 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+from ..files import write_text
 from ..pipelines.portable import PORTABLE_MODULE
-from .card import is_rendered, render_card, write_card, write_text
+from .card import is_rendered, render_card, write_card
 from .errors import explain_hub_errors
 from .facts import read_facts
 from .load import WEIGHTS_FILE, load_pipeline, local_folder, weights_by_variant
@@ -22,34 +23,18 @@ from .load import WEIGHTS_FILE, load_pipeline, local_folder, weights_by_variant
 logger = logging.get_logger(__name__)
 
 
-def push(
-    name_or_path: str | Path,
-    repo_id: str,
-    *,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-) -> CommitInfo:
+def push(name_or_path: str | Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> CommitInfo:
     """Publish the folder of a pipeline as it is: all variants of its weights, byte for byte, its facts and its card.
 
-    Other files in the folder (checkpoints, logs) are not published. The arguments are those of `push_to_hub`.
+    Other files in the folder (checkpoints, logs) are not published. The options are those of `publish`.
 
     Raises:
         OSError: There is no such folder, or the push failed. The message says what was published, if anything.
         ValueError: The folder holds no mini-ddpm pipeline, or a damaged one.
     """
+    commit_message = commit_message or f"Upload {Path(name_or_path).resolve().name}"
     with staged_pipeline(name_or_path) as folder:
-        return publish(
-            folder,
-            repo_id,
-            commit_message=commit_message or f"Upload {Path(name_or_path).resolve().name}",
-            private=private,
-            token=token,
-            create_pr=create_pr,
-            revision=revision,
-        )
+        return publish(folder, repo_id, commit_message=commit_message, **options)
 
 
 @contextlib.contextmanager
@@ -125,15 +110,10 @@ def publish(
         files = {prefix + path.relative_to(folder).as_posix(): path for path in paths}
         keys = {replacement_key(name) for name in files} - {None}
         replaced = sorted(name for name in remote_names - files.keys() if replacement_key(name) in keys)
+        added = (CommitOperationAdd(name, path) for name, path in sorted(files.items()))
+        deleted = (CommitOperationDelete(name) for name in replaced)
         commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(name, path) for name, path in sorted(files.items())),
-                *(CommitOperationDelete(name) for name in replaced),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, [*added, *deleted], commit_message=commit_message, revision=revision, create_pr=create_pr
         )
 
     # 3. The card with the name of that commit. If nothing has changed, the card names the right commit already.
@@ -141,10 +121,9 @@ def publish(
         failed = "The pipeline was published on {}, but its model card does not name the new commit: {}."
         with explain_hub_errors(repo_id, revision, failed):
             write_text(card, render_card({**facts, "revision": commit.oid}))
-            api.upload_file(
-                path_or_fileobj=card,
-                path_in_repo=card.name,
-                repo_id=repo_id,
+            api.create_commit(
+                repo_id,
+                [CommitOperationAdd(card.name, card)],
                 commit_message="Name the commit to load in the model card",
                 revision=commit.pr_revision or revision,
             )
