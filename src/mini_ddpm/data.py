@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     import datasets
-    from PIL import Image
 
 # Names of folders that hold a split. `datasets` takes them for classes if they have no sub-folders.
 _SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
@@ -71,13 +71,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def pixels(self, index: int) -> np.ndarray[Any, Any]:
         """Return one picture as uint8, (C, H, W) in [0, 255].
 
-        Raises:
-            ValueError: The picture cannot be decoded or differs in size from the first; the message names it.
+        A picture that cannot be decoded or differs in size from the first is a `ValueError`, which names it.
         """
         image = self._decode(index)
         if self._resolution is not None:
-            from PIL import ImageOps
-
             image = ImageOps.fit(image, (self._resolution, self._resolution))
         pixels = np.asarray(image)
         pixels = np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))  # (C, H, W)
@@ -90,16 +87,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return pixels
 
     def stack(self, progress: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decode the whole dataset into memory.
+        """Decode all into memory: images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None`.
 
-        Args:
-            progress: Whether to show a progress bar.
-
-        Returns:
-            Images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None` if there are none.
-
-        Raises:
-            ValueError: See [`ImageDataset.pixels`].
+        Errors are those of [`ImageDataset.pixels`].
         """
         images = np.empty((len(self), *self.shape), dtype=np.uint8)
         for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
@@ -108,13 +98,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _decode(self, index: int) -> Image.Image:
         """Decode one picture, turned upright, to 8 bits without transparency and to the mode of the dataset."""
-        from PIL import Image, ImageOps
-
         record = self._rows[index][self._image_column]
         try:
             if record is None:
                 raise ValueError("this row has no image")
-            image: Image.Image
             with Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]) as file:
                 image = ImageOps.exif_transpose(file)  # also decodes the pixels; `open` reads only the header
             if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip these at 255
@@ -126,14 +113,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 raise ValueError("its pixels are floating-point numbers, whose range is unknown")
             elif image.has_transparency_data:
                 grey = image.mode in ("1", "L", "LA")
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert("L" if grey else "RGB")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA")).convert("L" if grey else "RGB")
             return image if self._mode is None else image.convert(self._mode)
         except Exception as error:  # PIL raises many types for a damaged file
-            raise ValueError(
-                f"Image {self._name(index)} cannot be decoded ({error}). Remove or replace it."
-            ) from error
+            name = self._name(index)
+            raise ValueError(f"Image {name} cannot be decoded ({error}). Remove or replace it.") from error
 
     def _name(self, index: int) -> str:
         """Return how error messages refer to a picture."""
@@ -204,8 +189,7 @@ def image_dataset(
 def _open_split(name: str, split: str, is_local: bool) -> datasets.Dataset:
     """Open one split of a folder or of a Hub dataset. If the Hub cannot be reached, the cache is used.
 
-    Raises:
-        ValueError: The dataset or the split does not exist, or cannot be read.
+    A dataset or a split that does not exist, or cannot be read, is a `ValueError`.
     """
     import datasets
     from huggingface_hub import HfApi

@@ -15,8 +15,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["denoising_film", "evaluation_curves", "noising_strip", "sample_grid", "sampling_options", "save_film"]
-
 _PAPER, _INK = (255, 255, 255), (64, 64, 64)
 _GAP = 2  # white pixels between two tiles
 
@@ -41,8 +39,7 @@ def _tiles(images: Sequence[Image.Image] | npt.NDArray[Any], scale: int) -> UInt
 def _to_uint8(images: torch.Tensor) -> UInt8Array:
     """Map images (B, C, H, W) in [-1, 1] to bytes (B, H, W, C); clip values outside the range."""
     images = (images.detach().float().cpu().permute(0, 2, 3, 1) + 1) * 127.5
-    result: UInt8Array = images.clamp(0, 255).round().to(torch.uint8).numpy()
-    return result
+    return images.clamp(0, 255).round().to(torch.uint8).numpy()
 
 
 def sample_grid(
@@ -153,12 +150,9 @@ def denoising_film(
 
 
 def save_film(frames: Sequence[Image.Image], path: str | os.PathLike[str], *, seconds: float = 4.0) -> None:
-    """Save frames as an endless animation that pauses on its last frame for two seconds.
+    """Save frames of one size as an endless animation that pauses on its last frame for two seconds.
 
-    Args:
-        frames: Images of one size, see `denoising_film`.
-        path: File name that ends in `.gif` or `.webp`.
-        seconds: Total duration of all frames but the last.
+    The suffix of `path` is `.gif` or `.webp`. The frames before the last take `seconds` together.
     """
     milliseconds = max(20, round(1000 * seconds / len(frames)))  # browsers slow down frames shorter than 20 ms
     durations = [milliseconds] * (len(frames) - 1) + [2000]
@@ -188,9 +182,8 @@ def noising_strip(
     if timesteps is None:
         timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, 9).round().astype(int)[1:].tolist()
     noise = torch.randn(images.shape, generator=generator).to(images)
-    columns = [images] + [
-        scheduler.add_noise(images, noise, torch.full((len(images),), t, device=images.device)) for t in timesteps
-    ]
+    times = (torch.full((len(images),), t, device=images.device) for t in timesteps)
+    columns = [images, *(scheduler.add_noise(images, noise, t) for t in times)]
     strip = torch.stack(columns, dim=1).flatten(0, 1)  # (B·columns, C, H, W)
     labels = ["x_0", *(f"t = {t}" for t in timesteps)] * len(images)
     return sample_grid(_to_uint8(strip), labels, columns=len(columns), scale=scale)
@@ -204,37 +197,24 @@ def sampling_options(row: dict[str, Any]) -> str:
 
 
 def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
-    """Plot the distance to real images against network evaluations and against seconds per image.
+    """Plot the distance to real images against network evaluations and seconds per image, one curve per sampler.
 
-    Each sampler is a curve, and the floor is a dashed line.
-
-    Args:
-        rows: Results of `evaluate`, of one protocol.
-
-    Returns:
-        An RGB image, 1200 by 480.
+    The rows are results of `evaluate`, of one protocol. The floor is a dashed line. The RGB image is 1200 by 480.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    name, title = next(
-        (key, title)
-        for key, title in (("fid", "FID"), ("frechet_distance", "Fréchet distance"))
-        if any(key in row for row in rows)
-    )
+    titles = {"fid": "FID", "frechet_distance": "Fréchet distance"}
+    name = next(key for key in titles if any(key in row for row in rows))
+    labels = {"unet_evaluations": "network evaluations per image", "seconds_per_image": "seconds per image"}
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["images"] == "generated":
             legend = row["scheduler"].removesuffix("Scheduler") + sampling_options(row)
             curves.setdefault(legend, []).append(row)
-    for axes, key, label in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("unet_evaluations", "seconds_per_image"),
-        ("network evaluations per image", "seconds per image"),
-        strict=True,
-    ):
+    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), labels.items(), strict=True):
         for legend, curve in curves.items():
             curve = sorted(curve, key=lambda row: row[key])
             axes.plot([row[key] for row in curve], [row[name] for row in curve], "o-", label=legend)
@@ -249,7 +229,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
         axes.tick_params(axis="both", which="both", labelsize=8)
         axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.axes[0].set_ylabel(title)
+    figure.axes[0].set_ylabel(titles[name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")  # type: ignore[no-untyped-call]
