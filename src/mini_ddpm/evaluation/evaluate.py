@@ -39,7 +39,6 @@ from ..sampling import Arrays, cached, draw, weights_hash
 from . import metrics
 from .features import (
     SHARD_SIZE,
-    FeatureExtractor,
     cache_folder,
     extract_features,
     images_hash,
@@ -123,11 +122,7 @@ class EvaluateConfig:
     bundled or Hub pipeline."""
 
     def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ValueError: A number is too small.
-        """
+        """Check the numbers; raise `ValueError` if one is too small."""
         for name, value, least in (
             ("num_images", self.num_images, 2 * metrics.NEIGHBOURS),
             ("batch_size", self.batch_size, 1),
@@ -177,13 +172,23 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     reference_images, reference_labels = images[config.split]
     train_images, _ = images.get(config.train_split, (None, None))
 
-    # 3. The protocol, and the rows that the folder already holds.
+    # 3. The protocol, which two results must share to be comparable, and the rows that the folder already holds.
     if config.feature_extractor == "inception":
         extractor = inception_extractor(device, config.feature_dtype, config.inception)
     else:
         extractor = transformers_extractor(config.feature_extractor, device, config.feature_dtype)
     reference_hash = images_hash(reference_images)
-    protocol = _protocol(config, extractor, len(reference_images), reference_hash)
+    protocol = {
+        "feature_extractor": extractor.name,
+        "feature_dtype": config.feature_dtype,
+        "feature_hash": extractor.key[:16],
+        "dataset": _publishable_name(config.dataset_name),
+        "split": config.split,
+        "reference_images": len(reference_images),
+        "reference_hash": reference_hash[:16],
+        "num_images": config.num_images,
+        "seed": config.seed,
+    }
     output_dir = config.output_dir or _default_output_dir(config.pipeline)
     rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights) == weights]
     classify = load_classifier(config.classifier, splits[config.split], device) if config.classifier else None
@@ -287,23 +292,6 @@ def _open_splits(config: EvaluateConfig, pipe: Any) -> dict[str, ImageDataset]:
     return splits
 
 
-def _protocol(
-    config: EvaluateConfig, extractor: FeatureExtractor, reference_count: int, reference_hash: str
-) -> dict[str, Any]:
-    """Return what two results must share to be comparable."""
-    return {
-        "feature_extractor": extractor.name,
-        "feature_dtype": config.feature_dtype,
-        "feature_hash": extractor.key[:16],
-        "dataset": _publishable_name(config.dataset_name),
-        "split": config.split,
-        "reference_images": reference_count,
-        "reference_hash": reference_hash[:16],
-        "num_images": config.num_images,
-        "seed": config.seed,
-    }
-
-
 def _publishable_name(dataset_name: str) -> str:
     """Return a Hub id or relative path unchanged, and the last part of any other path: do not publish local paths."""
     path = Path(dataset_name).expanduser()
@@ -367,11 +355,7 @@ def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_protocol(rows: Sequence[dict[str, Any]]) -> None:
-    """Check that all rows have one protocol. The dataset's name may differ: its hash counts.
-
-    Raises:
-        ValueError: Two rows have different protocols.
-    """
+    """Raise `ValueError` unless all rows have one protocol. The dataset's name may differ: its hash counts."""
     for row in rows:
         for key, value in rows[0]["protocol"].items():
             other = row["protocol"][key]
@@ -395,11 +379,7 @@ def _write_rows(folder: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, followed by their protocol.
-
-    Raises:
-        ValueError: The rows have different protocols.
-    """
+    """Return the rows as a Markdown table, followed by their protocol; raise `ValueError` if they have several."""
     check_protocol(rows)
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
     lines = ["| Images | " + " | ".join(COLUMNS[name][0] for name in columns) + " |"]

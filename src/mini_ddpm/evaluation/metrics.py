@@ -27,15 +27,10 @@ class _Precomputed(nn.Module):
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Return the Fréchet distance between two sets of features (arXiv 1706.08500, eq. 6); FID for Inception features.
+    """Return the Fréchet distance between features (N, D) and (M, D) (arXiv 1706.08500, eq. 6); FID for Inception's.
 
-    Args:
-        real: Features (N, D).
-        generated: Features (M, D).
-
-    Returns:
-        `||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)`, at least 0, computed in float64. The bias is positive and
-        shrinks as 1/M.
+    It is `||μ_r - μ_g||² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)`, at least 0, computed in float64. The bias is positive and
+    shrinks as 1/M.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -48,13 +43,8 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """Return KID, the unbiased squared MMD with the kernel `(x·y/D + 1)³` (arXiv 1801.01401, section 3).
 
-    Args:
-        real: Features (N, D).
-        generated: Features (M, D).
-        seed: Seed that chooses the 100 subsets of at most 1,000 features.
-
-    Returns:
-        Mean and standard deviation over the subsets.
+    The figures are the mean and standard deviation over 100 subsets of at most 1,000 features, which `seed` chooses
+    from `real` (N, D) and `generated` (M, D).
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -72,16 +62,10 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) 
 def nearest(
     points: torch.Tensor, others: torch.Tensor, k: int = 1, without_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the k-th nearest neighbour of each point.
+    """Find the k-th nearest neighbour of each of `points` (N, D) among `others` (M, D); k = 1 is the nearest.
 
-    Args:
-        points: (N, D).
-        others: The candidates, (M, D).
-        k: Which neighbour; 1 is the nearest.
-        without_self: Whether to skip the nearest candidate. Set it if `others` are `points`.
-
-    Returns:
-        Distances (N,) and indices (N,) into `others`.
+    Return distances (N,) and indices (N,) into `others`. If `others` are `points`, set `without_self` to skip the
+    nearest candidate.
     """
     rank = k + without_self
     distances, indices = [], []
@@ -97,15 +81,10 @@ def precision_recall_density_coverage(
 ) -> dict[str, float]:
     """Return fidelity and diversity by nearest neighbours (arXiv 1904.06991, eq. 1, 2; arXiv 2002.09797, eq. 3, 5).
 
-    The ball of a point reaches to its k-th nearest neighbour in its own set. Precision: share of generated points that
-    lie in a real ball. Recall: share of real points that lie in a generated ball. Density: mean number of real balls
-    that a generated point lies in, divided by k; it can exceed 1. Coverage: share of real balls that contain a
-    generated point.
-
-    Args:
-        real: Features (N, D), N > k.
-        generated: Features (M, D), M > k.
-        k: Number of neighbours.
+    Features are (N, D) and (M, D), with N and M above k. The ball of a point reaches to its k-th nearest neighbour in
+    its own set. Precision: share of generated points that lie in a real ball. Recall: share of real points that lie in
+    a generated ball. Density: mean number of real balls that a generated point lies in, divided by k; it can exceed 1.
+    Coverage: share of real balls that contain a generated point.
     """
     real_radii, _ = nearest(real, real, k, without_self=True)
     generated_radii, _ = nearest(generated, generated, k, without_self=True)
@@ -128,17 +107,12 @@ def precision_recall_density_coverage(
 
 
 def memorization(images: torch.Tensor, train_images: torch.Tensor, train_radii: torch.Tensor) -> float:
-    """Return the share of images that are memorized (arXiv 2102.08921, section 3.3).
+    """Return the share of uint8 images (N, C, H, W) that are memorized (arXiv 2102.08921, section 3.3).
 
     An image counts if it lies closer to some training image than that training image lies to its own nearest
-    neighbour, in pixel distance. Copies of training images score 1. Unseen images score the probability that two
-    points are each other's nearest neighbours, about 1/2 in many dimensions. Compare with real images that were not
-    trained on.
-
-    Args:
-        images: (N, C, H, W) uint8.
-        train_images: (M, C, H, W) uint8.
-        train_radii: (M,), from `pixel_radii(train_images)`.
+    neighbour, in pixel distance (`train_radii = pixel_radii(train_images)`). Copies of training images score 1. Unseen
+    images score the probability that two points are each other's nearest neighbours, about 1/2 in many dimensions.
+    Compare with real images that were not trained on.
     """
     distances, neighbours = nearest(images.flatten(1).float(), train_images.flatten(1).float())
     return float((distances < train_radii[neighbours]).float().mean())
@@ -151,13 +125,7 @@ def pixel_radii(images: torch.Tensor) -> torch.Tensor:
 
 
 def compare_features(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """Return all figures that compare two sets of features; `kid` and `kid_std` are multiplied by 1,000.
-
-    Args:
-        real: Features (N, D).
-        generated: Features (M, D).
-        seed: Seed of `kernel_distance`.
-    """
+    """Return all figures that compare features (N, D) and (M, D); `kid` and `kid_std` are multiplied by 1,000."""
     kid, kid_std = kernel_distance(real, generated, seed)
     return {
         "frechet_distance": frechet_distance(real, generated),
