@@ -7,11 +7,11 @@ Importing the package `mini_ddpm` imports torch and diffusers (5 s). This module
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
 import io
 import math
 import os
+import pkgutil
 import re
 import shutil
 import sys
@@ -97,6 +97,7 @@ def sample(config: SampleConfig) -> None:
     _check_output(config.out)
 
     import numpy as np
+    import torch
 
     from mini_ddpm import options as choices
     from mini_ddpm import plots
@@ -136,40 +137,34 @@ def sample(config: SampleConfig) -> None:
             pipe.unet.compile()
         has_shards = not is_film and (count > config.batch_size or processes > 1)
         is_resumed = has_shards and shard_folder.is_dir()
+        title = f"{count} images"
         # disable=None: show a bar on a terminal, not in a log file
-        pipe.set_progress_bar_config(desc=f"{count} images", disable=True if has_shards else None)
+        pipe.set_progress_bar_config(desc=title, disable=True if has_shards else None)
         started = time.perf_counter()
         if is_film:
             if rank > 0:
                 return
-            images, trajectory, predictions = _draw_film(pipe, count, options, labels, config.seed)
+            size_or_labels = {"batch_size": count} if labels is None else {"class_labels": labels}
+            generator = [torch.Generator("cpu").manual_seed(config.seed + i) for i in range(count)]
+            film = pipe(**options, **size_or_labels, generator=generator, output_type="np", return_trajectory=True)
+            images = film.images  # (B, H, W, C)
         else:
+            work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": config.batch_size, "shared": True}
+            work["folder"] = shard_folder if has_shards else None
             try:
-                tensor, _, _ = draw(
-                    pipe,
-                    count,
-                    options,
-                    labels=labels,
-                    seed=config.seed,
-                    batch_size=config.batch_size,
-                    shard_size=config.batch_size,
-                    folder=shard_folder if has_shards else None,
-                    shared=True,
-                    title=f"{count} images",
-                )
+                tensor, _, _ = draw(pipe, count, options, labels=labels, seed=config.seed, title=title, **work)
             except KeyboardInterrupt:
                 if shard_folder.is_dir():
-                    print(
-                        f"\nFinished batches are saved in {shard_folder}. Run the same command again to resume.",
-                        file=sys.stderr,
-                    )
+                    saved = f"Finished batches are saved in {shard_folder}. Run the same command again to resume."
+                    print(f"\n{saved}", file=sys.stderr)
                 raise
             if rank > 0:
                 return
             images = tensor.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
         seconds = time.perf_counter() - started
         if is_film:
-            plots.save_film(plots.denoising_film(trajectory, predictions, columns=columns), target)
+            frames = plots.denoising_film(film.latents_trajectory, film.pred_original_samples, columns=columns)
+            plots.save_film(frames, target)
         elif suffix == ".png":
             plots.sample_grid(images, names, columns=columns).save(target)
         elif suffix == ".npz":
@@ -180,10 +175,8 @@ def sample(config: SampleConfig) -> None:
     shutil.rmtree(shard_folder, ignore_errors=True)
     height, width = images.shape[1:3]
     pace = "" if is_resumed else f", {count / seconds:.1f} images/s"  # a resumed run did not draw all images
-    print(
-        f"{config.out}: {count} images of {width}x{height}, {steps} steps of "
-        f"{type(pipe.scheduler).__name__}, {seconds:.1f} s{pace} ({device}, {config.dtype})"
-    )
+    sampler = f"{steps} steps of {type(pipe.scheduler).__name__}"
+    print(f"{config.out}: {title} of {width}x{height}, {sampler}, {seconds:.1f} s{pace} ({device}, {config.dtype})")
 
 
 def train(config: TrainConfig) -> None:
@@ -274,14 +267,9 @@ def push(config: PushConfig) -> None:
             print(f"{size:>12,}  {path.as_posix()}")
         print(f"{sum(files.values()):>12,}  bytes in {len(files)} files for {config.repo_id}; nothing was pushed")
         return
-    commit = publish.push(
-        config.folder,
-        config.repo_id,
-        commit_message=config.message,
-        private=config.private or None,
-        create_pr=config.create_pr,
-        revision=config.revision,
-    )
+    options: dict[str, Any] = {"revision": config.revision, "create_pr": config.create_pr}
+    options |= {"private": config.private or None, "commit_message": config.message}
+    commit = publish.push(config.folder, config.repo_id, **options)
     print(commit.pr_url or f"{commit.repo_url}" + (f"/tree/{config.revision}" if config.revision else ""))
 
 
@@ -305,13 +293,13 @@ def verify(config: VerifyConfig) -> None:
 
 # Each command's function, and the dataclass of its flags, which is imported only when the command runs.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "sample": (sample, "mini_ddpm_cli.SampleConfig"),
-    "train": (train, "mini_ddpm.training.train.TrainConfig"),
-    "distill": (distill, "mini_ddpm.training.distill.DistillConfig"),
-    "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate.EvaluateConfig"),
-    "card": (card, "mini_ddpm_cli.CardConfig"),
-    "push": (push, "mini_ddpm_cli.PushConfig"),
-    "verify": (verify, "mini_ddpm_cli.VerifyConfig"),
+    "sample": (sample, "mini_ddpm_cli:SampleConfig"),
+    "train": (train, "mini_ddpm.training.train:TrainConfig"),
+    "distill": (distill, "mini_ddpm.training.distill:DistillConfig"),
+    "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate:EvaluateConfig"),
+    "card": (card, "mini_ddpm_cli:CardConfig"),
+    "push": (push, "mini_ddpm_cli:PushConfig"),
+    "verify": (verify, "mini_ddpm_cli:VerifyConfig"),
 }
 
 
@@ -363,14 +351,12 @@ Set MINI_DDPM_DEBUG=1 to see the traceback of an error."""
 def parse(argv: Sequence[str]) -> Any:
     """Return the configuration of a command, from its name and its flags.
 
-    Raises:
-        ValueError: The command, a flag or the type of a value is unknown.
-        SystemExit: `--help` was given; the code is 0.
+    Raise `ValueError` if the command, a flag or the type of a value is unknown, and `SystemExit(0)` after `--help`.
     """
     command, *flags = argv
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}, or --help.")
-    config = _import(COMMANDS[command][1])
+    config = pkgutil.resolve_name(COMMANDS[command][1])
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -385,12 +371,6 @@ def parse(argv: Sequence[str]) -> Any:
     raise ValueError(f"{message.rstrip('.')}. See mini-ddpm {command} --help.")
 
 
-def _import(path: str) -> Any:
-    """Import `package.module.name`."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def _hide_loading_bar() -> None:
     """Turn off diffusers' progress bar for reading files, which finishes at once. Other bars stay."""
     from diffusers.utils import logging
@@ -399,11 +379,7 @@ def _hide_loading_bar() -> None:
 
 
 def _check_output(out: Path) -> None:
-    """Check that `out` may be written. A folder with files that `mini-ddpm sample` did not write is never replaced.
-
-    Raises:
-        ValueError: The suffix is unknown, or something else has this name.
-    """
+    """Raise `ValueError` if `out` has an unknown suffix, or is a file or folder that must not be replaced."""
     suffix = out.suffix.lower()
     if suffix not in ("", ".png", ".npz", *_FILM_SUFFIXES):
         raise ValueError(f"--out={out} must end in .png, .gif, .webp or .npz, or have no suffix, for a folder.")
@@ -427,22 +403,11 @@ def _labels(
         return None, None, None
     names = pipe.config.id2label or {}
     if chosen:
-        is_number = [label.isdecimal() and label not in names.values() for label in chosen]
-        cycle = pipe.get_label_ids([int(x) if number else x for x, number in zip(chosen, is_number, strict=True)])
+        cycle = pipe.get_label_ids([int(x) if x.isdecimal() and x not in names.values() else x for x in chosen])
     else:
         cycle = list(range(pipe.unet.config.num_class_embeds - 1))  # the last label is the null label
     labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if chosen else rows))]
     return labels, [names.get(label, str(label)) for label in labels], len(cycle) if len(cycle) <= 20 else None
-
-
-def _draw_film(pipe: Any, count: int, options: dict[str, Any], labels: list[int] | None, seed: int) -> tuple[Any, ...]:
-    """Draw images (B, H, W, C) in one call; return them with every x_t and every x̂_0."""
-    import torch
-
-    size_or_labels = {"batch_size": count} if labels is None else {"class_labels": labels}
-    generator = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
-    drawn = pipe(**options, **size_or_labels, generator=generator, output_type="np", return_trajectory=True)
-    return drawn.images, drawn.latents_trajectory, drawn.pred_original_samples
 
 
 def _save_folder(folder: Path, images: np.ndarray[Any, Any], names: Sequence[str] | None) -> None:
@@ -452,9 +417,8 @@ def _save_folder(folder: Path, images: np.ndarray[Any, Any], names: Sequence[str
     digits = max(5, math.ceil(math.log10(len(images) + 1)))
     for i, image in enumerate(images):
         label = "" if names is None else "_" + re.sub(r"[^\w-]+", "-", names[i])
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-            folder / f"{i:0{digits}}{label}.png"
-        )
+        pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
+        Image.fromarray(pixels).save(folder / f"{i:0{digits}}{label}.png")
 
 
 if __name__ == "__main__":

@@ -74,24 +74,14 @@ def draw(
     shared: bool = False,
     title: str = "Drawing",
 ) -> tuple[torch.Tensor, float, int]:
-    """Draw images, except those that an earlier call stored in `folder`.
+    """Draw N = `count` images, `batch_size` at once, except those that an earlier call stored in `folder`.
 
-    Args:
-        pipe: A pipeline, on its device.
-        count: Number of images N.
-        options: Arguments of the pipeline's call that are the same for all images.
-        labels: The class of each image, for a class-conditional pipeline.
-        seed: Image i is drawn with a generator of seed + i.
-        batch_size: Number of images in one call of the pipeline.
-        shard_size: Number of images in one file.
-        folder: Where to store the shards. `None`: do not store them.
-        shared: Whether all processes share the work. Each of them makes this call, and all see `folder`.
-        title: Text of the progress bar.
+    Image i is drawn with a generator of `seed` + i, and has the class `labels[i]`; `options` are the other arguments
+    of the pipeline's call. Each file in `folder` holds `shard_size` images; `None` stores nothing. With `shared`, all
+    processes share the work: each of them makes this call, and all see `folder`.
 
-    Returns:
-        The images, (N, C, H, W) uint8; the seconds spent on drawing them, summed over processes and interrupted runs;
-        the number of network evaluations per image. With `shared`, only rank 0 gets them; other ranks get an empty
-        tensor and zeros.
+    Return the images, (N, C, H, W) uint8; the seconds spent on drawing them, summed over processes and interrupted
+    runs; the number of network evaluations per image. With `shared`, ranks above 0 get an empty tensor and zeros.
     """
     rank, processes = process_rank() if shared else (0, 1)
     dtype = next((name for name, dtype in DTYPES.items() if dtype == pipe.unet.dtype), str(pipe.unet.dtype))
