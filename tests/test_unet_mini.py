@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mini_ddpm.models.unet_mini import PRESETS, MiniGroupNorm, MiniUNet2DModel, timestep_embedding
+from mini_ddpm.models.unet_mini import PRESETS, MiniGroupNorm, MiniResnetBlock, MiniUNet2DModel, timestep_embedding
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
@@ -253,3 +253,18 @@ def test_the_presets_of_the_tutorial():
         assert [len(block.resnets) for block in unet.down_blocks] == [1] * 4
         assert not any("to_q" in key for key in unet.state_dict())
     assert MiniUNet2DModel.from_preset("mini").config == MiniUNet2DModel().config
+
+
+def test_a_residual_block_adds_its_branch():
+    block = MiniResnetBlock(4, 4, 8, norm_num_groups=2, norm_eps=1e-5, dropout=0.0)
+    nn.init.ones_(block.conv2.bias)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(block(x, torch.randn(2, 8)), x + 1)
+
+
+def test_the_size_of_the_default_network():
+    """That of the weights that ship: every layer has its place and its width."""
+    unet = MiniUNet2DModel(num_class_embeds=11)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 2_960_100
+    one_class = MiniUNet2DModel(num_class_embeds=2, norm_num_groups=8, block_out_channels=(16, 32))
+    assert one_class.class_embedding.num_embeddings == 2  # and the null label
