@@ -21,7 +21,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from ..data import ImageDataset, image_dataset
-from ..files import atomic_write
+from ..files import atomic_write, write_text
 from ..hub.load import is_bundled, load_pipeline
 from ..options import DTYPES, default_steps, find_device, replace_scheduler, resolve_guidance
 from ..plots import evaluation_curves, sampling_options
@@ -367,14 +367,10 @@ def _write_rows(folder: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -
     """Add a row to `rows`, sort them, write the three files, and return the new rows."""
     rows = [other for other in rows if _row_key(other) != _row_key(row)] + [row]
     rows.sort(key=lambda row: (row["images"] != "real", row.get("scheduler", ""), -row.get("num_inference_steps", 0)))
-    writers: dict[str, Callable[[Path], object]] = {
-        "evaluation.json": lambda file: file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8"),
-        "evaluation.md": lambda file: file.write_text(markdown_table(rows), encoding="utf-8"),
-        "evaluation.png": lambda file: evaluation_curves(rows).save(file, format="png"),
-    }
-    for name, write in writers.items():
-        with atomic_write(folder / name) as file:
-            write(file)
+    write_text(folder / "evaluation.json", json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "evaluation.md", markdown_table(rows))
+    with atomic_write(folder / "evaluation.png") as file:
+        evaluation_curves(rows).save(file, format="png")
     return rows
 
 
