@@ -623,7 +623,7 @@ def test_a_step_costs_the_host_less_than_half_of_diffusers(pair):
 def test_before_set_timesteps_the_chain_is_whole(pair):
     ours, theirs = (cls(**OURS) for cls in PAIRS[pair])
     assert torch.equal(ours.timesteps, torch.arange(999, -1, -1)) and torch.equal(ours.timesteps, theirs.timesteps)
-    assert ours.num_inference_steps is None and ours.custom_timesteps is False
+    assert ours.num_inference_steps is None and ours.custom_timesteps is False and ours.init_noise_sigma == 1.0
     assert torch.equal(ours.previous_timestep(torch.arange(1000)), torch.arange(-1, 999))
     if pair == "ddpm":
         sample, output = tensors(1, 4, 4), tensors(1, 4, 4, seed=1)
