@@ -58,8 +58,9 @@ class CallAttribute:
         return self.default if pipe is None else pipe._call_values().get(self.name, self.default)
 
     def __set__(self, pipe: Any, value: Any) -> None:
-        pipe._call_values()[self.name] = value
-        if pipe._call_values() is pipe.__dict__:
+        current = pipe._call_values()
+        current[self.name] = value
+        if current is pipe.__dict__:
             for other, values in tuple(pipe._running_calls.values()):
                 if other is pipe:
                     values[self.name] = value
@@ -84,8 +85,10 @@ class DenoisingPipelineMixin:
 
     def _call_values(self) -> dict[str, Any]:
         """Return the values of this thread's running call of the pipeline, else the pipeline's own attributes."""
-        own: dict[str, Any] = self.__dict__
-        return next((values for pipe, values in reversed(self._calls.get()) if pipe is self), own)
+        for pipe, values in reversed(self._calls.get()):
+            if pipe is self:
+                return values  # type: ignore[no-any-return]
+        return self.__dict__
 
     @contextmanager
     def _call(self, values: dict[str, Any]) -> Iterator[None]:
@@ -275,14 +278,15 @@ class DenoisingPipelineMixin:
             "predicted_variance" in inspect.signature(getattr(scheduler, "_get_variance", len)).parameters
         )
 
-        self._num_timesteps = len(scheduler.timesteps)
+        values = self._call_values()
+        values["_num_timesteps"] = len(scheduler.timesteps)
         callback, tensor_inputs = options["callback_on_step_end"], options["callback_on_step_end_tensor_inputs"]
         trajectory, predictions = [latents], []
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:  # type: ignore[attr-defined]
+        with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:  # type: ignore[attr-defined]
             for i, t in enumerate(scheduler.timesteps):
-                if self.interrupt:
+                if values["_interrupt"]:
                     break
-                self._step = i
+                values["_step"] = i
                 model_output = self._predict(scheduler.scale_model_input(latents, t), t, **conditions)
                 prediction = model_output[:, :channels]  # (B, C, H, W)
                 output = scheduler.step(model_output if takes_variance else prediction, t, latents, **step_kwargs)

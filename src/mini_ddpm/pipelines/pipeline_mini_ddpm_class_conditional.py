@@ -62,8 +62,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
     def do_classifier_free_guidance(self) -> bool:
         """Whether the current step is guided: `guidance_scale > 1`, and the step is in the guidance interval."""
         start, end = self._guidance_interval
-        is_inside = start <= self._step / max(1, self._num_timesteps) < end
-        return self._guidance_scale > 1 and is_inside  # type: ignore[no-any-return]
+        return self._guidance_scale > 1 and start <= self._step / max(1, self._num_timesteps) < end  # type: ignore[no-any-return]
 
     @property
     def num_guided_timesteps(self) -> int:
@@ -165,12 +164,13 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         """
         if not self.do_classifier_free_guidance:
             return super()._predict(sample, timestep, **conditions)
-        self._num_guided_timesteps += 1
+        values = self._call_values()
+        values["_num_guided_timesteps"] = values.get("_num_guided_timesteps", 0) + 1
         class_labels = conditions["class_labels"]
         null_labels = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
         labels = torch.cat([class_labels, null_labels])
         output = super()._predict(torch.cat([sample, sample]), timestep, class_labels=labels)  # (2B, C or 2C, H, W)
         cond, uncond = output.chunk(2)
         channels = sample.shape[1]
-        guided = uncond[:, :channels] + self.guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+        guided = uncond[:, :channels] + self._guidance_scale * (cond[:, :channels] - uncond[:, :channels])
         return torch.cat([guided, cond[:, channels:]], dim=1)

@@ -319,7 +319,7 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         table = torch.stack([*columns])  # (columns, T)
         self._coefficients: Any = type(columns)
         self._table = table.float().to(device)
-        self._rows = [self._coefficients(*row) for row in table.t().tolist()]
+        self._rows: list[list[float]] = table.t().tolist()
 
     def _coefficients_at(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> Any:
         """Look up the coefficients of the step from `timestep`: floats, or tensors that broadcast to `sample`."""
@@ -328,7 +328,7 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             t = operator.index(timestep)
             if not 0 <= t < len(self._rows):
                 raise ValueError(f"`timestep` must be within [0, {len(self._rows) - 1}]; got {t}.")
-            return self._rows[t]
+            return self._coefficients._make(self._rows[t])
         if self._table.device != sample.device:
             self._table = self._table.to(sample.device)
         if isinstance(timestep, torch.Tensor):
