@@ -23,6 +23,7 @@ from mini_ddpm import (
     MiniDDPMScheduler,
     load_pipeline,
 )
+from mini_ddpm.pipelines.pipeline_base import predict_x0
 
 DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
@@ -744,3 +745,30 @@ def test_only_the_first_argument_is_positional(plain, labelled):
     for pipe, first in ((plain, 1), (labelled, [1])):
         with pytest.raises(TypeError, match="positional"):
             pipe(first, 3)
+
+
+# ---- What faults planted at random were not noticed in --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_predicted_x0_inverts_the_forward_process(prediction_type):
+    """PNDM returns no x_0 and has no grid of sigmas."""
+    scheduler = diffusers.PNDMScheduler(prediction_type=prediction_type)
+    assert not hasattr(scheduler, "_sigma_to_alpha_sigma_t")
+    x0, noise = torch.randn(2, 2, 1, 4, 4, generator=torch.manual_seed(0))
+    for t in (torch.tensor(0), torch.tensor(400), torch.tensor(900)):
+        sample = scheduler.add_noise(x0, noise, t[None])
+        prediction = noise if prediction_type == "epsilon" else MiniDDPMScheduler(
+            beta_schedule="linear").get_velocity(x0, noise, t)  # fmt: skip
+        predicted = predict_x0(scheduler, prediction, 0, t, sample)
+        torch.testing.assert_close(predicted, x0, atol=1e-3, rtol=1e-3)
+
+
+def test_a_network_without_a_size_of_its_own():
+    pipe = quiet(MiniDDPMPipeline(GaussianDenoiser(sample_size=None), MiniDDIMScheduler()))
+    for size in ({}, {"height": 5}, {"width": 5}):
+        with pytest.raises(ValueError, match="no `sample_size`. Pass `height` and `width`"):
+            pipe(1, num_inference_steps=1, **size)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    assert pipe(1, height=5, width=6, **options).images.shape == (1, 1, 5, 6)
+    assert pipe(1, latents=torch.randn(1, 1, 7, 3), **options).images.shape == (1, 1, 7, 3)
