@@ -129,15 +129,6 @@ def main(
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    source = ROOT / "src" / "mini_ddpm"
-    candidates = []
-    for room in rooms or tuple(TESTS):
-        for file in sorted(source.glob(f"{room}/*.py")) or [source / f"{room}.py"]:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            candidates += [(room, file.relative_to(source), index) for index in range(len(places(tree)))]
-    chosen = sorted(
-        random.Random(seed).sample(candidates, min(count, len(candidates))), key=lambda x: (x[0], str(x[1]))
-    )
     killed: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -146,14 +137,23 @@ def main(
         for file in ROOT.iterdir():
             if file.is_file():
                 shutil.copy(file, work)
+        source = work / "src" / "mini_ddpm"
+        candidates = []
+        for room in rooms or tuple(TESTS):
+            for file in sorted(source.glob(f"{room}/*.py")) or [source / f"{room}.py"]:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+                candidates += [(room, file.relative_to(source), index) for index in range(len(places(tree)))]
+        chosen = sorted(
+            random.Random(seed).sample(candidates, min(count, len(candidates))), key=lambda x: (x[0], str(x[1]))
+        )
         for room in {room for room, _, _ in chosen}:
             if not survives(work / "src", TESTS[room], seconds):
                 raise SystemExit(f"The tests of {room} fail without any fault: {', '.join(TESTS[room])}.")
         for room, file, index in chosen:
-            before = (source / file).read_text(encoding="utf-8")
+            target = source / file
+            before = target.read_text(encoding="utf-8")
             tree = ast.parse(before)
             changed, line = change(tree, index)
-            target = work / "src" / "mini_ddpm" / file
             target.write_text(ast.unparse(changed), encoding="utf-8")
             tally = killed.setdefault(room, [0, 0])
             tally[1] += 1
