@@ -157,7 +157,9 @@ def test_loss_refuses_a_learned_variance():
 
 
 def process(index, of):
-    return SimpleNamespace(process_index=index, num_processes=of, device=torch.device("cpu"))
+    return SimpleNamespace(
+        process_index=index, num_processes=of, is_main_process=index == 0, device=torch.device("cpu")
+    )
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order():
@@ -231,8 +233,9 @@ def test_batches_are_the_images_of_their_indices(pictures, tmp_path, monkeypatch
         monkeypatch.setattr(dataset, "shape", (1, 1, width))
         monkeypatch.setattr(type(dataset), "pixels", lambda self, index: images[index].numpy())
     ids = [torch.tensor([3, 1, 8]), torch.tensor([15, 1, 0])]
-    batches = list(image_batches(dataset, iter(ids), torch.device("cpu"), cache, 0, progress=False))
-    assert stacked == [False] * is_cached
+    is_main = labelled  # only the main process shows a progress bar
+    batches = list(image_batches(process(0 if is_main else 1, 2), dataset, iter(ids), cache, 0))
+    assert stacked == [is_main] * is_cached
     for batch, (of_batch, its_labels) in zip(ids, batches, strict=True):
         assert torch.equal(of_batch, images[batch] / 127.5 - 1)
         assert torch.equal(its_labels, labels[batch]) if labelled else its_labels is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,37 +16,26 @@ if TYPE_CHECKING:
 
 
 def image_batches(
-    dataset: ImageDataset,
-    ids: Iterator[torch.Tensor],
-    device: torch.device,
-    cache: bool | None,
-    num_workers: int,
-    progress: bool,
+    accelerator: Accelerator, dataset: ImageDataset, ids: Iterator[torch.Tensor], cache: bool | None, num_workers: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Yield the batches of one process on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`.
 
-    Args:
-        dataset: The images.
-        ids: The indices of the images of each batch, from `image_ids`.
-        device: Where the batches go.
-        cache: Whether to keep all images on the device as bytes. `None`: if they take less than 2 GB.
-        num_workers: Processes that decode images if they are not cached.
-        progress: Whether to show a progress bar while images are decoded into the cache.
+    `ids` gives the indices of each batch, see `image_ids`. With `cache`, all images are kept on the device as bytes
+    (`None`: if they take less than 2 GB); without it, `num_workers` processes decode them again for each batch.
     """
+    device = accelerator.device
     if cache is None:
         cache = len(dataset) * int(np.prod(dataset.shape)) < 2e9
     if cache:
-        images, labels = dataset.stack(progress=progress)
+        images, labels = dataset.stack(progress=accelerator.is_main_process)
         images, labels = images.to(device), labels.to(device) if labels is not None else None
         for batch in ids:
             batch = batch.to(device)
             yield to_model_range(images[batch]), labels[batch] if labels is not None else None
     else:
+        sampler = (batch.tolist() for batch in ids)
         loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=(batch.tolist() for batch in ids),
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
+            dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=device.type == "cuda"
         )
         for item in loader:
             labels = item.get("class_labels")
@@ -58,27 +48,18 @@ def image_ids(
     """Yield the indices of the images of each forward pass of this process, (batch_size,) int64.
 
     The dataset is repeated without end, in an order that depends on (seed, epoch). Forward pass m of all processes
-    together takes positions m·B to (m+1)·B of this sequence, and each process its part of them.
-
-    Args:
-        accelerator: Knows the number of this process and how many there are.
-        seed: The run's seed.
-        num_images: The size of the dataset.
-        batch_size: Images per process.
-        micro_steps: The numbers of the forward passes.
+    together takes positions m·B to (m+1)·B of this sequence, and each process its part of them, `batch_size` images.
     """
-    orders: dict[int, torch.Tensor] = {}
+
+    @functools.lru_cache(maxsize=2)  # a batch seldom spans more epochs
+    def order(epoch: int) -> torch.Tensor:
+        return torch.randperm(num_images, generator=_generator("cpu", seed, 0, epoch))
+
     for micro_step in micro_steps:
         start = (micro_step * accelerator.num_processes + accelerator.process_index) * batch_size
         positions = torch.arange(start, start + batch_size)
         epochs = range(start // num_images, int(positions[-1]) // num_images + 1)
-        orders = {
-            epoch: orders[epoch]
-            if epoch in orders
-            else torch.randperm(num_images, generator=_generator("cpu", seed, 0, epoch))
-            for epoch in epochs
-        }
-        yield torch.cat(list(orders.values()))[positions - epochs[0] * num_images]
+        yield torch.cat([order(epoch) for epoch in epochs])[positions - epochs[0] * num_images]
 
 
 def noise_batch(
@@ -95,20 +76,11 @@ def noise_batch(
 
     All is drawn for the batch of all processes, of which each process takes its part. The timesteps are stratified:
     row i of B takes `noise_levels[floor(N · frac(u + i/B))]`, so that every batch covers all noise levels evenly and
-    the loss varies less (arXiv 2107.00630, appendix I.1).
+    the loss varies less (arXiv 2107.00630, appendix I.1). With probability `class_dropout_prob` a label becomes
+    `null_label`, which is `None` for an unconditional network.
 
-    Args:
-        accelerator: Knows the number of this process and how many there are.
-        seed: The run's seed.
-        micro_step: The number of the forward pass.
-        noise_levels: The timesteps to draw from, (N,) int64.
-        images: The images of this process, (B, C, H, W).
-        class_labels: Their labels, (B,) int64, or `None`.
-        null_label: The null label, or `None` for an unconditional network.
-        class_dropout_prob: The probability with which a label becomes the null label.
-
-    Returns:
-        Noise, (B, C, H, W); timesteps, (B,) int64; labels, (B,) int64, or `None` for an unconditional network.
+    Return noise like this process's `images`, (B, C, H, W); timesteps out of `noise_levels`, (B,) int64; labels,
+    (B,) int64, or `None` for an unconditional network.
     """
     local, device = images.shape[0], images.device
     batch_size = local * accelerator.num_processes

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import atomic_write, remove
+from ..files import atomic_write, remove, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,15 +50,10 @@ def checkpoint_step(checkpoint: Path) -> int:
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Create the run's folder, or check that it holds the run with these settings, and write `train_config.json`.
 
-    Unfinished files of a killed run are removed.
-
-    Raises:
-        ValueError: The folder holds another run, or something else.
-        OSError: The folder cannot be written.
+    Unfinished files of a killed run are removed. A folder that holds another run, or something else, is a
+    `ValueError`; one that cannot be written is an `OSError`.
     """
-    settings = json.loads(
-        json.dumps(settings, default=str)
-    )  # as they are read back: tuples as lists, paths as strings
+    settings = json.loads(json.dumps(settings, default=str))  # as read back: tuples as lists, paths as strings
     config_file = folder / "train_config.json"
     if list_checkpoints(folder) and config_file.exists():
         saved = FIXED_SETTINGS | json.loads(config_file.read_text(encoding="utf-8"))
@@ -78,8 +73,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     for path in (*folder.glob("*"), *folder.glob("*/.*")):
         if _UNFINISHED.fullmatch(path.name):
             remove(path)
-    with atomic_write(config_file) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(config_file, json.dumps(settings, indent=2) + "\n")
 
 
 def truncate_log(output_dir: Path, step: int) -> None:
@@ -95,32 +89,21 @@ def truncate_log(output_dir: Path, step: int) -> None:
             break
         if entry["step"] <= step:
             lines.append(line + "\n")
-    with atomic_write(log) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_text(log, "".join(lines))
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, seconds: float, limit: int) -> None:
-    """Write the state of all processes to `checkpoint-STEP`, complete or not at all, and remove older checkpoints.
+    """Write the state of all processes to `checkpoint-STEP`, complete or not at all, and keep the last `limit`.
 
-    Args:
-        accelerator: Holds the state. Every process calls this.
-        output_dir: The folder of the run.
-        step: Optimizer steps so far.
-        seconds: Training time so far.
-        limit: How many checkpoints to keep.
-
-    Raises:
-        OSError: The checkpoint cannot be written, for example because the disk is full. Earlier ones are kept.
+    Every process calls this, after `step` optimizer steps and `seconds` of training. A checkpoint that cannot be
+    written, for example because the disk is full, is an `OSError`; earlier ones are kept.
     """
     from accelerate.utils import broadcast_object_list
 
-    is_main = accelerator.is_main_process
+    is_main, checkpoint = accelerator.is_main_process, output_dir / f"checkpoint-{step}"
     with explain_write_errors(output_dir):
-        with contextlib.ExitStack() as stack:
-            folders = [output_dir]
-            if is_main:
-                folders = [stack.enter_context(atomic_write(output_dir / f"checkpoint-{step}", folder=True))]
-            (folder,) = broadcast_object_list(folders)  # every process writes to the main process's temporary folder
+        with atomic_write(checkpoint, folder=True) if is_main else contextlib.nullcontext(checkpoint) as own:
+            (folder,) = broadcast_object_list([own])  # every process writes to the main process's temporary folder
             accelerator.save_state(str(folder))
             accelerator.wait_for_everyone()
             if is_main:
@@ -133,8 +116,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, secon
 def save_pipeline(output_dir: Path, pipeline: Any) -> None:
     """Write the pipeline to `output_dir`, file by file over the previous one, but without its `README.md`.
 
-    Raises:
-        OSError: A file cannot be written.
+    A file that cannot be written is an `OSError`.
     """
     temporary_folder = output_dir / ".pipeline.tmp"
     try:

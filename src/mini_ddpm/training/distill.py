@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,14 +35,14 @@ from ..options import find_device, process_rank, resolve_guidance, resolve_preci
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss import compute_loss, saturate, saturated_ends
-from .train import TrainConfig, train
+from .train import RunConfig, TrainConfig, train
 
 UNDISTILLED_TEACHER_STEPS = 32
 """The steps of the first teacher by default, if it was not distilled itself."""
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(RunConfig):
     """Distil a pipeline into one that samples in fewer steps, by halving them round after round.
 
     Each round writes a complete pipeline to OUTPUT_DIR/steps-N, which samples in N steps by default. To resume an
@@ -66,58 +66,31 @@ class DistillConfig:
     saturate: bool = True
     """Push near-black and near-white targets past the range, so flat areas stay flat. Off: they come out mottled."""
 
+    _: KW_ONLY
+    num_evaluation_images: int = 0
+    """Evaluate each student on this many images, as `mini-ddpm evaluate` does (needs mini-ddpm[eval]). 0: skip."""
+
     dataset_name: str = "ylecun/mnist"
     """The images that the teacher was trained on: Hub id or folder."""
-    split: str = "train"
-    """Split of the dataset."""
-    image_column: str | None = None
-    """Column of the pictures. Default: the first that holds images."""
-    label_column: str | None = None
-    """Column of the class indices. Default: the first that holds class labels."""
     resolution: int | None = None
     """Crop and resize pictures to this many pixels, as in the teacher's training. Default: keep their size."""
-
     train_batch_size: int = 64
-    """Images per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
     learning_rate: float = 4e-4
     """Peak learning rate of AdamW in each round; it falls linearly to zero."""
     lr_warmup_steps: int = 20
-    """Steps over which the learning rate rises from zero."""
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null label, so that the student can still sample without a class."""
     ema_max_decay: float = 0.999
     """Largest decay of the moving average of the weights, which is what is saved and teaches the next round."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. Auto: cuda, else mps, else cpu."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of both networks. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
     torch_compile: bool = False
     """Compile both networks: about two minutes to start each round, then a third less time per step."""
-    seed: int = 0
-    """Seed of everything random."""
-    checkpointing_steps: int = 500
-    """Optimizer steps between checkpoints."""
-    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Experiment tracker. train_log.jsonl is always written too."""
-    num_evaluation_images: int = 0
-    """Evaluate each student on this many images, as `mini-ddpm evaluate` does (needs mini-ddpm[eval]). 0: skip."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work.
-
-        Raises:
-            ValueError: The message names the field, its value and what is allowed.
-        """
-        for name, least in (
-            ("num_inference_steps", 1),
-            ("rounds", 1),
-            ("images_per_round", 1),
-            ("num_evaluation_images", 0),
-        ):
-            value = getattr(self, name)
+        """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
+        for name in ("num_inference_steps", "rounds", "images_per_round", "num_evaluation_images"):
+            value, least = getattr(self, name), 0 if name == "num_evaluation_images" else 1
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}.")
         self.train_config(self.teacher, 1, 0.0, False)  # it checks the other fields
@@ -125,16 +98,11 @@ class DistillConfig:
     def train_config(
         self, teacher: str, num_inference_steps: int, saturation_margin: float, class_conditional: bool
     ) -> TrainConfig:
-        """Return the configuration of one round.
+        """Return the configuration of the round in which a pipeline teaches a student of `num_inference_steps`.
 
-        Args:
-            teacher: The pipeline that teaches the round.
-            num_inference_steps: The student's number of steps.
-            saturation_margin: The margin that the teacher was trained with.
-            class_conditional: Whether the teacher knows classes.
+        The other two are facts of the teacher: the margin that it was trained with, and whether it knows classes.
         """
-        names = {field.name for field in dataclasses.fields(TrainConfig)}
-        shared = {name: value for name, value in vars(self).items() if name in names - {"output_dir"}}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunConfig)}
         images = self.images_per_round * (2 if num_inference_steps <= 2 else 1)
         _, world_size = process_rank()
         step_size = max(1, self.train_batch_size * self.gradient_accumulation_steps * world_size)
@@ -152,18 +120,12 @@ class DistillConfig:
 class DDIMTeacher:
     """The teacher of one round: two of its DDIM steps are the target of one step of the student.
 
-    This is algorithm 2 of arXiv 2202.00512.
+    This is algorithm 2 of arXiv 2202.00512. The student takes N = `num_inference_steps` steps, the teacher 2N. A scale
+    s > 1 guides its class-conditional predictions in step i of 2N if start <= i/2N < end. `saturation` holds `margin`,
+    `black` and `white` of [`saturate`]. The network of `pipe` is put into evaluation mode and frozen.
 
-    Args:
-        pipe: The teacher; it is put into evaluation mode, and its weights are frozen.
-        num_inference_steps: N, the student's steps; the teacher takes 2N.
-        guidance_scale: s > 1 guides the teacher's class-conditional predictions.
-        guidance_interval: Guide step i of 2N if start <= i/2N < end.
-        saturation: The arguments `margin`, `black`, `white` of `saturate`.
-
-    Raises:
-        ValueError: The teacher predicts noise, the student's timesteps are not among the teacher's, or none of the
-            teacher's steps is in the interval.
+    A teacher that predicts noise, timesteps of the student that are not among the teacher's, and an interval without
+    steps are a `ValueError`.
     """
 
     # With `max(SNR, 1)` the loss is that of x_0, and does not vanish where z_t is all noise (eq. 9).
@@ -237,11 +199,7 @@ class DDIMTeacher:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x̃ and the noise ε̃ with `z_t = α_t x̃ + σ_t ε̃`, both (B, C, H, W) in float32.
 
-        Args:
-            images: x, (B, C, H, W).
-            noise: ε, (B, C, H, W).
-            timesteps: t, (B,), out of `self.timesteps`.
-            class_labels: y, (B,), or `None`.
+        `images` are x, `noise` is ε, both (B, C, H, W); `timesteps` are t, (B,), out of `self.timesteps`.
         """
         alpha, sigma, alpha_end, sigma_end = self._coefficients[:, timesteps, None, None, None]  # (B, 1, 1, 1) each
         sample = self.scheduler.add_noise(images, noise, timesteps)
@@ -327,11 +285,7 @@ def distill(config: DistillConfig) -> list[Path]:
 
 
 def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
-    """Return the steps of each round's student.
-
-    Raises:
-        ValueError: Halving the teacher's steps does not lead to `num_inference_steps`.
-    """
+    """Return the steps of each round's student; a `ValueError` if halving cannot lead to `num_inference_steps`."""
     last, num_train_timesteps = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
     # A distilled teacher samples in its own number of steps only.
     own = pipe.config.get("default_num_inference_steps")
@@ -354,11 +308,7 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
 
 
 def _check_classes(config: DistillConfig, pipe: Any, dataset: ImageDataset) -> None:
-    """Refuse a dataset whose classes are not the teacher's.
-
-    Raises:
-        ValueError: The classes differ in number or, if the pipeline names its classes, in name.
-    """
+    """Raise a `ValueError` if the dataset has another number of classes than the teacher, or names that differ."""
     num_classes = pipe.unet.config.num_class_embeds - 1  # the last label is the null label
     dataset_classes, teacher_classes = dataset.id2label or {}, pipe.config.get("id2label") or {}
     if len(dataset_classes) != num_classes or (teacher_classes and teacher_classes != dataset_classes):
@@ -373,13 +323,7 @@ def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, rounds:
     """Return about how many seconds the rest of the rounds takes, without compilation.
 
     Small batches of the first two rounds are timed. All later rounds are like the second: their teachers are not
-    guided. Both networks are changed; they are of no use afterwards.
-
-    Args:
-        config: The settings of the distillation.
-        student: The student's network.
-        teacher: The first teacher.
-        rounds: The configuration of each round.
+    guided. `student`, a network, and the first `teacher` are changed; they are of no use afterwards.
     """
     device = find_device(config.device)
     precision = resolve_precision(config.mixed_precision, device)
@@ -414,13 +358,5 @@ def _evaluate(config: DistillConfig, folder: Path) -> None:
     """Evaluate a round's student; the results go into its folder and its model card."""
     from ..evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
 
-    rows = evaluate(
-        EvaluateConfig(
-            str(folder),
-            config.dataset_name,
-            num_images=config.num_evaluation_images,
-            resolution=config.resolution,
-            device=config.device,
-        )
-    )
-    print(markdown_table(rows))
+    settings = EvaluateConfig(str(folder), config.dataset_name, resolution=config.resolution, device=config.device)
+    print(markdown_table(evaluate(dataclasses.replace(settings, num_images=config.num_evaluation_images))))

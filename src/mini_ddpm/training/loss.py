@@ -73,16 +73,9 @@ def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: b
 
     A byte of 0 means "as dark as can be shown, or darker". A network that learns exactly -1 predicts -1 ± its error,
     and the half of it above -1 is a faint grey: invisible, but every metric counts it. A network that learns
-    -1 - margin predicts values below -1, which are clamped to black.
+    -1 - margin, with a margin of a few times its error, predicts values below -1, which are clamped to black.
 
-    Args:
-        images: (B, C, H, W) in [-1, 1].
-        margin: The distance beyond the range; a few times the network's error.
-        black: Whether to move -1 to -1 - margin.
-        white: Whether to move 1 to 1 + margin.
-
-    Returns:
-        (B, C, H, W) in [-1 - margin, 1 + margin].
+    `black` moves -1 to -1 - margin, `white` moves 1 to 1 + margin. The shape, (B, C, H, W), stays.
     """
     if black:
         images = images.masked_fill(images <= -1, -1 - margin)
@@ -94,12 +87,8 @@ def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: b
 def saturated_ends(dataset: ImageDataset, tolerance: int = 0, share: float = 0.1) -> tuple[bool, bool]:
     """Return whether at least `share` of the pixels are pure black, and whether at least `share` are pure white.
 
-    At most 1,000 pictures are read, evenly spread over the dataset.
-
-    Args:
-        dataset: The images.
-        tolerance: Bytes up to `tolerance` count as black, bytes from `255 - tolerance` as white.
-        share: A share of all pixels, in [0, 1].
+    Bytes up to `tolerance` count as black, bytes from `255 - tolerance` as white. At most 1,000 pictures are read,
+    evenly spread over the dataset.
     """
     pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
     return bool((pixels <= tolerance).mean() >= share), bool((pixels >= 255 - tolerance).mean() >= share)
@@ -111,16 +100,8 @@ def saturate(images: torch.Tensor, margin: float, black: bool, white: bool) -> t
     MNIST's strokes are one flat level, 253 of 255. A few-step student errs more than its teacher, so strokes that it
     learns at that level come out mottled; learned beyond white, they are clamped to a flat white. This is
     [`beyond_saturation`] for images that a network predicts, which never reach the ends exactly: values up to 0.9
-    (absolute) stay, values from 0.96 move by the whole margin, and values in between move by a part of it.
-
-    Args:
-        images: (B, C, H, W) in [-1 - margin, 1 + margin].
-        margin: The distance beyond the range; a few times the student's error.
-        black: Whether to move nearly black pixels.
-        white: Whether to move nearly white pixels.
-
-    Returns:
-        (B, C, H, W) in [-1 - margin, 1 + margin]; `images` itself if nothing is to be moved.
+    (absolute) stay, values from 0.96 move by the whole margin, and values in between move by a part of it. Images
+    are (B, C, H, W) in [-1 - margin, 1 + margin], before and after; `images` itself is returned if nothing moves.
     """
     if not (margin and (black or white)):
         return images

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -64,16 +64,12 @@ _SETTINGS_OF_PRETRAINED = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a small diffusion model and write it as a pipeline folder.
-
-    The defaults train on MNIST from scratch. To resume an interrupted run, give the same command again.
-    """
+class RunConfig:
+    """The settings that training and distillation share, with the defaults of training."""
 
     dataset_name: str = "ylecun/mnist"
     """Hub id, folder in a Hub dataset's layout, or folder of pictures (one sub-folder per class)."""
-    output_dir: Path = Path("runs/mnist")
-    """Folder for the pipeline, its checkpoints, sample grids and logs."""
+    _: KW_ONLY
     split: str = "train"
     """Split of the dataset."""
     image_column: str | None = None
@@ -82,6 +78,44 @@ class TrainConfig:
     """Column of the class indices. Default: the first that holds class labels."""
     resolution: int | None = None
     """Crop pictures to a square and resize them to this many pixels. Default: keep their size."""
+
+    train_batch_size: int = 128
+    """Images per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_warmup_steps: int = 200
+    """Steps over which the learning rate rises from zero."""
+    class_dropout_prob: float = 0.1
+    """Share of labels replaced by the null label; guidance needs it (arXiv 2207.12598)."""
+    ema_max_decay: float = 0.9995
+    """Largest decay of the moving average of the weights, which is what is saved. The decay rises to it gradually."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train. Auto: cuda, else mps, else cpu."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Precision of the network. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
+    torch_compile: bool = False
+    """Compile the network: about a minute to start, then a third less time per step."""
+    seed: int = 0
+    """Seed of everything random."""
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Experiment tracker. train_log.jsonl is always written too."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a small diffusion model and write it as a pipeline folder.
+
+    The defaults train on MNIST from scratch. To resume an interrupted run, give the same command again.
+    """
+
+    output_dir: Path = Path("runs/mnist")
+    """Folder for the pipeline, its checkpoints, sample grids and logs."""
+    _: KW_ONLY
     cache_dataset: bool | None = None
     """Keep all images on the device as bytes. Default: yes if they take less than 2 GB."""
     dataloader_num_workers: int = 2
@@ -89,9 +123,6 @@ class TrainConfig:
 
     class_conditional: bool = False
     """Train on class labels too, to generate images of a chosen class."""
-    class_dropout_prob: float = 0.1
-    """Share of labels replaced by the null label; guidance needs it (arXiv 2207.12598)."""
-
     pretrained_model_name_or_path: str | None = None
     """Fine-tune this pipeline (bundled name, folder or Hub id); its network shape and noise schedule are kept.
     Default: train from scratch."""
@@ -120,51 +151,24 @@ class TrainConfig:
     """Passes over the dataset."""
     max_train_steps: int | None = None
     """Optimizer steps. Default: as many as num_epochs takes."""
-    train_batch_size: int = 128
-    """Images per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
     lr_scheduler: str = "cosine"
     """Decay after the warm-up: cosine, linear, constant_with_warmup, polynomial, ..."""
-    lr_warmup_steps: int = 200
-    """Steps over which the learning rate rises from zero."""
     adam_beta2: tyro.conf.Suppress[float] = 0.99
     """Decay of AdamW's second moment."""
     adam_weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    ema_max_decay: float = 0.9995
-    """Largest decay of the moving average of the weights, which is what is saved. The decay rises to it gradually."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. Auto: cuda, else mps, else cpu."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Precision of the network. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
-    torch_compile: bool = False
-    """Compile the network: about a minute to start, then a third less time per step."""
-    seed: int = 0
-    """Seed of everything random."""
-
-    checkpointing_steps: int = 500
-    """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int = 2
     """How many checkpoints are kept."""
     save_images_epochs: int = 1
     """Epochs between sample grids; 0: none."""
     logging_steps: int = 50
     """Optimizer steps between log lines."""
-    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Experiment tracker. train_log.jsonl is always written too."""
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work.
-
-        Raises:
-            ValueError: The message names the field, its value and what is allowed.
-        """
+        """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
         for name in (
             "num_train_timesteps",
             "num_epochs",
@@ -281,11 +285,9 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     ends = saturated_ends(dataset) if config.saturation_margin else (False, False)
     clip_sample_range = 1 + config.saturation_margin if any(ends) else 1.0
     scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
-    noise_levels = torch.arange(scheduler.config.num_train_timesteps)
     if teacher is not None:
-        noise_levels = teacher.timesteps
         teacher.prepare(device, config.torch_compile)
-    noise_levels = noise_levels.to(device)
+    noise_levels = (teacher.timesteps if teacher else torch.arange(scheduler.config.num_train_timesteps)).to(device)
     unet = unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
@@ -294,12 +296,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
         weight_decay=config.adam_weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, total_steps),
-        num_training_steps=total_steps,
-    )
+    lr_steps = {"num_warmup_steps": min(config.lr_warmup_steps, total_steps), "num_training_steps": total_steps}
+    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, **lr_steps)
     if config.torch_compile:
         unet.compile()  # in place: the keys of the weights stay, so runs with and without it can share checkpoints
     model, optimizer = accelerator.prepare(unet, optimizer)
@@ -326,12 +324,11 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
         accelerator.init_trackers("logs")
 
     # 4. The loop.
-    accumulation = config.gradient_accumulation_steps
+    accumulation, label_dropout = config.gradient_accumulation_steps, config.class_dropout_prob
+    snr_limits = config.snr_gamma, teacher.snr_floor if teacher else None
     micro_steps = range(first_step * accumulation, total_steps * accumulation)
     ids = image_ids(accelerator, config.seed, len(dataset), config.train_batch_size, micro_steps)
-    batches = image_batches(
-        dataset, ids, device, config.cache_dataset, config.dataloader_num_workers, progress=is_main
-    )
+    batches = image_batches(accelerator, dataset, ids, config.cache_dataset, config.dataloader_num_workers)
     bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", disable=not is_main)
     started, logged_at, step = time.monotonic() - seconds, time.monotonic(), first_step
     running_loss, running_count = torch.zeros((), device=device), 0
@@ -339,23 +336,13 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
         images = beyond_saturation(images, config.saturation_margin, *ends)
         noise, timesteps, class_labels = noise_batch(
-            accelerator,
-            config.seed,
-            micro_step,
-            noise_levels,
-            images,
-            class_labels,
-            null_label,
-            config.class_dropout_prob,
+            accelerator, config.seed, micro_step, noise_levels, images, class_labels, null_label, label_dropout
         )
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 if teacher is not None:
                     images, noise = teacher(images, noise, timesteps, class_labels)
-                snr_floor = teacher.snr_floor if teacher else None
-                loss = compute_loss(
-                    model, scheduler, images, noise, timesteps, class_labels, config.snr_gamma, snr_floor
-                )
+                loss = compute_loss(model, scheduler, images, noise, timesteps, class_labels, *snr_limits)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -408,8 +395,7 @@ def _log(
 ) -> None:
     """Write an entry to `train_log.jsonl`, the progress bar and the tracker.
 
-    Raises:
-        FloatingPointError: The loss of the entry, or a weight, is NaN or infinite.
+    A loss or a weight that is NaN or infinite is a `FloatingPointError`.
     """
     # The loss belongs to the weights before this step; the weights after it are what is saved next.
     is_finite = torch.stack([parameter.isfinite().all() for parameter in unet.parameters()]).all()
@@ -432,8 +418,7 @@ def _log(
 def _new_model(config: TrainConfig, dataset: ImageDataset) -> tuple[MiniUNet2DModel, MiniDDIMScheduler]:
     """Make the network and the scheduler that fit the configuration and the images.
 
-    Raises:
-        ValueError: The images, or a setting, do not fit the pipeline to start from.
+    Images or a setting that do not fit the pipeline to start from are a `ValueError`.
     """
     channels, height, width = dataset.shape
     overrides: dict[str, Any] = {
@@ -534,8 +519,7 @@ def _averaged_weights(unet: MiniUNet2DModel, ema: EMAModel) -> Iterator[None]:
 def _save_pipeline(config: TrainConfig, accelerator: Accelerator, pipeline: Any, epoch: int | None) -> None:
     """Write the pipeline and its card to `output_dir`, and a grid of samples if `epoch` is given.
 
-    Raises:
-        OSError: A file cannot be written.
+    A file that cannot be written is an `OSError`.
     """
     save_pipeline(config.output_dir, pipeline)
     if epoch is not None:
