@@ -357,6 +357,40 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint(config):
     assert not list(killed.output_dir.rglob(".*"))
 
 
+def test_stopped_before_any_rename_the_same_command_completes_the_run(config, monkeypatch):
+    """A checkpoint of the last step means that weights, card and grid of that step are written."""
+    config = dataclasses.replace(config, max_train_steps=4, checkpointing_steps=2, log_with="none")
+    rename, calls = os.replace, []
+
+    class Stop(BaseException):
+        pass
+
+    def stop_before(last):
+        def replace(source, target):
+            calls.append(Path(target).name)
+            if len(calls) == last:
+                raise Stop
+            rename(source, target)
+
+        calls.clear()
+        monkeypatch.setattr(os, "replace", replace)
+
+    stop_before(None)
+    whole = train(config)
+    files = {path.relative_to(whole) for path in whole.rglob("*")}
+    names = [*calls]
+    assert names.count("diffusion_pytorch_model.safetensors") == 2 and names.index("checkpoint-4") == len(names) - 1
+    for last in range(names.index("checkpoint-2"), len(names) + 1):
+        stopped = dataclasses.replace(config, output_dir=whole.with_name(f"stopped-{last}"))
+        stop_before(last)
+        with pytest.raises(Stop):
+            train(stopped)
+        stop_before(None)
+        train(stopped)
+        assert_equal_weights(stopped.output_dir, whole)
+        assert {path.relative_to(stopped.output_dir) for path in stopped.output_dir.rglob("*")} == files
+
+
 def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     two = dataclasses.replace(config, train_batch_size=2, output_dir=config.output_dir.with_name("two"))
     running = run_in_process(two, two_processes)

@@ -108,7 +108,7 @@ class DistillConfig(RunConfig):
         step_size = max(1, self.train_batch_size * self.gradient_accumulation_steps * world_size)
         return TrainConfig(
             **shared,
-            output_dir=self.output_dir / f"steps-{num_inference_steps}",
+            output_dir=Path(self.output_dir) / f"steps-{num_inference_steps}",
             pretrained_model_name_or_path=teacher,
             class_conditional=class_conditional,
             saturation_margin=saturation_margin,

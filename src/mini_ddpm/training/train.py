@@ -376,12 +376,13 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
             }
             _log(config, accelerator, unet, bar, entry)
             running_loss, running_count = torch.zeros((), device=device), 0
-        if checkpoint_due:
-            seconds = time.monotonic() - started
-            save_checkpoint(accelerator, output_dir, step, seconds, config.checkpoints_total_limit)
+        # The checkpoint comes last: a run that is killed before takes these steps again, and writes all of this again.
         if (checkpoint_due or grid_due) and is_main:
             with _averaged_weights(unet, ema):
                 _save_pipeline(config, accelerator, pipeline, epoch if grid_due else None)
+        if checkpoint_due:
+            seconds = time.monotonic() - started
+            save_checkpoint(accelerator, output_dir, step, seconds, config.checkpoints_total_limit)
         if log_due:
             accelerator.wait_for_everyone()
             logged_at = time.monotonic()
