@@ -714,6 +714,12 @@ def test_a_stop_button_in_another_thread_ends_all_running_calls(plain):
 
 def test_what_a_call_leaves_behind(labelled):
     """The pipeline tells of its latest call, its scheduler stays the same object, and copies work."""
+    assert (labelled.guidance_scale, labelled._guidance_interval, labelled.num_guided_timesteps) == (
+        1.0,
+        (0.0, 1.0),
+        0,
+    )
+    assert (labelled.num_timesteps, labelled.interrupt, labelled.do_classifier_free_guidance) == (0, False, False)
     scheduler = labelled.scheduler
     expected = labelled([3], num_inference_steps=3, generator=seeds(0), output_type="pt").images
     assert labelled.scheduler is scheduler and scheduler.num_inference_steps == 3

@@ -666,3 +666,14 @@ def test_get_variance_is_that_of_diffusers(variance_type):
     for t in ours.timesteps[[0, 10, -2]]:
         arguments = (t, predicted, variance_type)
         torch.testing.assert_close(ours._get_variance(*arguments), theirs._get_variance(*arguments), rtol=1e-4, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
+def test_dynamic_thresholding_is_that_of_diffusers(cls, scale):
+    """Below 1 nothing is amplified; above, images are clipped to their quantile and scaled."""
+    config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
+    sample = scale * tensors(1, 6, 6)
+    expected = DDPMScheduler(**config)._threshold_sample(sample)
+    torch.testing.assert_close(cls(**config)._threshold_sample(sample), expected)
+    assert expected.abs().max() <= 1

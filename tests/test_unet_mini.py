@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from mini_ddpm.models.unet_mini import PRESETS, MiniGroupNorm, MiniResnetBlock, MiniUNet2DModel, timestep_embedding
@@ -268,3 +269,19 @@ def test_the_size_of_the_default_network():
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_960_100
     one_class = MiniUNet2DModel(num_class_embeds=2, norm_num_groups=8, block_out_channels=(16, 32))
     assert one_class.class_embedding.num_embeddings == 2  # and the null label
+
+
+def test_the_mid_block_attends_at_the_last_width():
+    options = {"block_out_channels": (16, 32, 36), "down_block_types": ("DownBlock2D",) * 3, "norm_num_groups": 4}
+    with pytest.raises(ValueError, match="36 with attention, not divisible by attention_head_dim=8"):
+        MiniUNet2DModel(**options, attention_head_dim=8)
+    assert MiniUNet2DModel(**options, attention_head_dim=12)  # which divides 36 alone
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(ModelMixin, "from_pretrained", classmethod(lambda cls, path, **kwargs: seen.append(kwargs)))
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        MiniUNet2DModel.from_pretrained(tmp_path)
+    assert seen == [{"use_safetensors": True}, {"use_safetensors": True, "local_files_only": True}]
