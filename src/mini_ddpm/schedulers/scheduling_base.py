@@ -33,6 +33,7 @@ from diffusers.utils.torch_utils import randn_tensor
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 TimestepSpacing = Literal["leading", "linspace", "trailing"]
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 # Config keys whose default differs from that of diffusers' schedulers.
 OWN_DEFAULTS = ("beta_schedule", "timestep_spacing")

@@ -6,7 +6,7 @@ The notation is that of `scheduling_base.py`. σ²_t is the variance of a step. 
 Papers: DDPM arXiv 2006.11239, Improved DDPM arXiv 2102.09672.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .scheduling_base import (
     MiniSchedulerOutput,
     PredictionType,
     TimestepSpacing,
+    VarianceType,
     add_scaled_,
     check_choice,
     draw_noise,
@@ -26,8 +27,6 @@ from .scheduling_base import (
     scaled,
     split_output,
 )
-
-VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
 class DDPMCoefficients(NamedTuple):
