@@ -982,3 +982,18 @@ def test_bad_arguments_are_one_line_and_exit_code_2(parts, tmp_path, capsys, pip
     assert captured.out == "" and lines == captured.err.splitlines()[-1:]
     assert message.format(**where) in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("open_network", ["transformers_extractor({!r})", "load_classifier({!r}, None, 'cpu')"])
+def test_code_in_a_models_folder_never_runs(open_network, tmp_path):
+    """transformers would ask on the terminal whether to run it."""
+    classes = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
+    config = {"model_type": "evil", "auto_map": dict.fromkeys(classes, "evil.Evil")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    code = "from mini_ddpm.evaluation.features import *\n" + open_network.format(str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(Path(mini_ddpm_cli.__file__).parent), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run([sys.executable, "-c", code], input="y\n", capture_output=True, text=True, env=environment)
+    assert answer.returncode != 0 and not (tmp_path / "ran").exists(), answer.stdout
+    assert "Do you wish to run" not in answer.stdout + answer.stderr

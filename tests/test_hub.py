@@ -33,7 +33,7 @@ from mini_ddpm import (
 )
 from mini_ddpm.hub.card import is_rendered, render_card
 from mini_ddpm.hub.errors import HTTPError, explain_hub_errors
-from mini_ddpm.hub.facts import read_facts
+from mini_ddpm.hub.facts import read_facts, refuse_links_to_elsewhere
 from mini_ddpm.hub.publish import replacement_key, staged_pipeline
 from mini_ddpm.pipelines.portable import CARD
 
@@ -888,7 +888,7 @@ import shutil
 from pathlib import Path
 from mini_ddpm import *
 from mini_ddpm.hub.card import render_card
-from mini_ddpm.hub.facts import read_facts
+from mini_ddpm.hub.facts import read_facts, refuse_links_to_elsewhere
 from mini_ddpm.hub.publish import staged_pipeline
 from huggingface_hub import HfApi
 folder, api = {str(run_folder)!r}, HfApi()
@@ -984,3 +984,42 @@ print(json.dumps(out))
             r"The connection to the Hub \(http://127.0.0.1:9\) failed: .*\. Check the network and try again\.$",
             run.result[name][0],
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["samples.png", "samples/epoch-0003.png", "README.md", "facts.json", "evaluation.json", "train_log.jsonl",
+     "unet/extra.json", "unet/extra.safetensors", "scheduler/scheduler_config.json", "unet", "model_index.json"],
+)  # fmt: skip
+def test_links_out_of_the_folder_are_not_published(run_folder, tmp_path, name):
+    """By a link a folder could have any file of its owner published, such as a token."""
+    folder, secret = tmp_path / "digits", tmp_path / "secret"
+    shutil.copytree(run_folder, folder)
+    link = folder / name
+    if link.exists():
+        shutil.move(link, secret)
+    else:
+        secret.write_text("{}")
+    link.symlink_to(secret)
+    message = "is a link that leads out of the folder, and would be published. Replace it by a copy."
+    with pytest.raises(ValueError, match=message), staged_pipeline(folder):
+        pass
+    with pytest.raises(ValueError, match=message):
+        read_facts(folder)
+    link.unlink()
+    secret.rename(folder / "inside")
+    link.symlink_to(folder / "inside")  # a link within the folder is no harm
+    refuse_links_to_elsewhere(folder)
+
+
+def test_the_folder_may_be_a_link_and_the_hubs_cache_has_links(run_folder, tmp_path):
+    (tmp_path / "link").symlink_to(run_folder)
+    with staged_pipeline(tmp_path / "link") as folder:
+        assert "unet/config.json" in relative(folder)
+    snapshot = tmp_path / "models--user--digits" / "snapshots" / ("0" * 40)
+    shutil.copytree(run_folder, snapshot)
+    blobs = tmp_path / "models--user--digits" / "blobs"
+    blobs.mkdir()
+    (blobs / "abc").write_text('{"license": "mit"}')
+    (snapshot / "facts.json").symlink_to("../../blobs/abc")
+    assert read_facts(snapshot)["license"] == "mit"

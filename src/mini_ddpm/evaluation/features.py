@@ -133,7 +133,7 @@ def transformers_extractor(
     from transformers import AutoModel
 
     dtype = DTYPES[feature_dtype]
-    network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     network = network.to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
         raise ValueError(
@@ -165,7 +165,7 @@ def image_preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor
 
     channels = getattr(network.config, "num_channels", 3)
     try:
-        processor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError):
         processor = None
 
@@ -224,7 +224,7 @@ def load_classifier(
     """
     from transformers import AutoModelForImageClassification
 
-    network = AutoModelForImageClassification.from_pretrained(name).to(device).eval()
+    network = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
     classes = len(reference.id2label or {})
     if network.config.num_labels != classes:
         raise ValueError(

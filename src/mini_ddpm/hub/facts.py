@@ -44,8 +44,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
     Raises:
         OSError: The folder holds no pipeline.
-        ValueError: A file is not valid JSON, or does not hold what it must.
+        ValueError: A file is not valid JSON, does not hold what it must, or is a link that leads out of the folder.
     """
+    refuse_links_to_elsewhere(folder)
     facts: dict[str, Any] = {"model": model_facts(folder)}
     if (folder / "facts.json").is_file():
         facts |= {key: value for key, value in read_json(folder / "facts.json").items() if key != "model"}
@@ -57,6 +58,21 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if pictures := [*sorted(folder.glob("samples/epoch-*.png")), *folder.glob("samples.png")]:
         facts["picture"] = pictures[-1].relative_to(folder).as_posix()
     return facts
+
+
+def refuse_links_to_elsewhere(folder: Path) -> None:
+    """Raise a `ValueError` if a file that a card or a push publishes is a link that leads out of the folder.
+
+    Files in the Hub's cache are links to the blobs of their repository, which is allowed.
+    """
+    folder = folder.resolve()
+    roots = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    for pattern in ("*.json", "*.jsonl", "*.md", "samples.png", "samples/*.png", "unet/*", "scheduler/*"):
+        for file in folder.glob(pattern):
+            if not any(file.resolve().is_relative_to(root) for root in roots):
+                raise ValueError(
+                    f"{file} is a link that leads out of the folder, and would be published. Replace it by a copy."
+                )
 
 
 def model_facts(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..files import write_text
 from ..pipelines.portable import PORTABLE_MODULE
 from .card import is_rendered, render_card, write_card
 from .errors import explain_hub_errors
-from .facts import read_facts
+from .facts import read_facts, refuse_links_to_elsewhere
 from .load import WEIGHTS_FILE, load_pipeline, local_folder, weights_by_variant
 
 logger = logging.get_logger(__name__)
@@ -41,6 +41,7 @@ def push(name_or_path: str | Path, repo_id: str, *, commit_message: str | None =
 def staged_pipeline(name_or_path: str | Path) -> Iterator[Path]:
     """Give a temporary folder with the files that `push` publishes."""
     source = local_folder(name_or_path)
+    refuse_links_to_elsewhere(source)
     variant = next(iter(weights_by_variant(source / "unet")), None)
     pipe: Any = load_pipeline(source.resolve(), variant=variant)
     with tempfile.TemporaryDirectory() as temporary:
