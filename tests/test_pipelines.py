@@ -778,3 +778,18 @@ def test_a_network_without_a_size_of_its_own():
     options = {"num_inference_steps": 1, "output_type": "pt"}
     assert pipe(1, height=5, width=6, **options).images.shape == (1, 1, 5, 6)
     assert pipe(1, latents=torch.randn(1, 1, 7, 3), **options).images.shape == (1, 1, 7, 3)
+
+
+def test_the_defaults_of_a_call(plain, labelled):
+    for pipe, first in ((plain, ()), (labelled, ([1],))):
+        pipe.scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample_range=0.5)
+        output = pipe(*first, generator=seeds(0))
+        (image,) = output.images
+        assert (image.mode, image.size, pipe.num_timesteps) == ("L", (8, 8), 20)
+        assert output.latents_trajectory is None and output.pred_original_samples is None
+        options = {"eta": 0.0, "use_clipped_model_output": True, "num_inference_steps": 20}
+        explicit = pipe(*first, **options, generator=seeds(0), return_dict=False)
+        assert len(explicit) == 1 and np.array_equal(np.asarray(explicit[0][0]), np.asarray(image))
+        for change in ({"eta": 1.0}, {"use_clipped_model_output": False}):
+            other = pipe(*first, **(options | change), generator=seeds(0)).images[0]
+            assert not np.array_equal(np.asarray(other), np.asarray(image))
