@@ -19,6 +19,8 @@ from typing import Any
 from diffusers.utils import logging
 from huggingface_hub import HfApi
 
+from ..files import atomic_write, write_text
+
 # The name of a module that defines a part or a pipeline: `unet_mini` in the package, `unet_mini_0a1b2c3d` in a saved
 # pipeline.
 PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
@@ -121,7 +123,7 @@ class PortablePipelineMixin:
 
         def write(file: Path, config: dict[str, Any]) -> None:
             config.pop("_name_or_path", None)  # do not publish local paths
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
         folder = Path(json_file_path).parent
         index = json.loads(self.to_json_string())  # type: ignore[attr-defined]
@@ -138,7 +140,8 @@ class PortablePipelineMixin:
                 match = PORTABLE_MODULE.fullmatch(old.stem)
                 if match is not None and match[2] is not None:
                     old.unlink()
-            (target / f"{stem}.py").write_bytes(source)
+            with atomic_write(target / f"{stem}.py") as temporary:
+                temporary.write_bytes(source)
             index[key] = [stem, cls.__name__]
             config_file = target / cls.config_name
             if part is not self and config_file.is_file():
@@ -230,7 +233,7 @@ class PortablePipelineMixin:
         """
         if (folder / "README.md").is_file():
             return
-        (folder / "README.md").write_text(CARD, encoding="utf-8")
+        write_text(folder / "README.md", CARD)
         source = self._source_folder()
         for name in ("README.md", "facts.json", "samples.png"):
             if source is not None and (source / name).is_file():
