@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "schedulers": ["test_scheduling.py"],
     "models": ["test_unet_mini.py"],
-    "pipelines": ["test_pipelines.py", "test_remote_code.py"],
+    "pipelines": ["test_pipelines.py", "test_remote_code.py", "test_hub.py"],
     "training/loss": ["test_training.py", "test_distillation.py"],
     "training/batches": ["test_training.py"],
     "training/distill": ["test_distillation.py"],

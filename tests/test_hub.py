@@ -597,7 +597,8 @@ open_all("again", "user/again", doors)
 pipe.push_to_hub("user/again", revision="branch", variant="fp16")
 open_all("again branch", "user/again", doors, revision="branch", variant="fp16")
 out["pull request"] = pipe.push_to_hub("user/again", create_pr=True).pr_revision
-pipe.save_pretrained(Path("again-by-path"), push_to_hub=True, max_shard_size="20KB", safe_serialization=False)
+options = dict(repo_id="user/again-by-path", max_shard_size="20KB", safe_serialization=False)
+pipe.save_pretrained(Path("another-name"), push_to_hub=True, **options)
 open_all("path", "user/again-by-path", doors)
 
 from huggingface_hub import snapshot_download
