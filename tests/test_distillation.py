@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,3 +443,31 @@ def test_what_cannot_be_distilled(config, change, message):
     with pytest.raises((ValueError, OSError), match=message):
         distill(dataclasses.replace(config, **change))
     assert not config.output_dir.exists()
+
+
+def test_each_student_is_evaluated_on_request(config, monkeypatch, capsys):
+    measured = []
+
+    def evaluate(settings):
+        assert (Path(settings.pipeline) / "model_index.json").is_file()
+        measured.append(settings)
+        return ["row"]
+
+    monkeypatch.setattr("mini_ddpm.evaluation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("mini_ddpm.evaluation.evaluate.markdown_table", lambda rows: f"table of {rows}")
+    config = dataclasses.replace(config, images_per_round=32, num_inference_steps=4, rounds=2)
+    distill(config)
+    assert measured == []
+    config = dataclasses.replace(config, output_dir=config.output_dir.with_name("measured"), num_evaluation_images=16)
+    folders = distill(config)
+    assert [settings.pipeline for settings in measured] == [str(folder) for folder in folders]
+    for settings in measured:
+        assert (settings.num_images, settings.dataset_name, settings.device) == (16, config.dataset_name, "cpu")
+    assert capsys.readouterr().out.count("table of ['row']") == 2
+
+
+def test_as_many_classes_with_other_names_are_refused(config, pictures, tmp_path):
+    for old, new in (("left", "down"), ("right", "up")):
+        shutil.copytree(pictures / old, tmp_path / "renamed" / new)
+    with pytest.raises(ValueError, match=r"\(down, up\) are not those of .* \(left, right\)"):
+        distill(dataclasses.replace(config, dataset_name=str(tmp_path / "renamed")))
