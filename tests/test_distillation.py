@@ -19,7 +19,7 @@ from mini_ddpm import (
     MiniDDPMPipeline,
     load_pipeline,
 )
-from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, _estimate, distill
+from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, _estimate, _step_counts, distill
 from mini_ddpm.training.loss import compute_loss, saturate
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -471,3 +471,10 @@ def test_as_many_classes_with_other_names_are_refused(config, pictures, tmp_path
         shutil.copytree(pictures / old, tmp_path / "renamed" / new)
     with pytest.raises(ValueError, match=r"\(down, up\) are not those of .* \(left, right\)"):
         distill(dataclasses.replace(config, dataset_name=str(tmp_path / "renamed")))
+
+
+def test_the_first_teacher_may_take_every_noise_level(config):
+    pipe = load_pipeline(config.teacher)
+    config = dataclasses.replace(config, num_inference_steps=125, rounds=3)
+    assert pipe.scheduler.config.num_train_timesteps == 1000 and _step_counts(config, pipe) == [500, 250, 125]
+    assert _step_counts(dataclasses.replace(config, num_inference_steps=4, rounds=None), pipe) == [16, 8, 4]
