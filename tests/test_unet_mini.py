@@ -267,6 +267,8 @@ def test_the_size_of_the_default_network():
     """That of the weights that ship: every layer has its place and its width."""
     unet = MiniUNet2DModel(num_class_embeds=11)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_960_100
+    defaults = ("sample_size", "in_channels", "out_channels", "attention_head_dim", "norm_eps", "dropout")
+    assert [unet.config[name] for name in defaults] == [28, 1, 1, 32, 1e-5, 0.0]
     one_class = MiniUNet2DModel(num_class_embeds=2, norm_num_groups=8, block_out_channels=(16, 32))
     assert one_class.class_embedding.num_embeddings == 2  # and the null label
 
