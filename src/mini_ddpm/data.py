@@ -26,9 +26,9 @@ _SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "tes
 class ImageDataset(Dataset[dict[str, Any]]):
     """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
 
-    Use [`image_dataset`] to make one. Items of a dataset without labels have no `"class_labels"`. If the first picture
-    is grey, all are converted to grey, else all to colour; 16-bit grey is scaled to 8 bits, and transparent pixels
-    become white.
+    Use [`image_dataset`] or [`ImageDataset.from_tensors`] to make one. Items of a dataset without labels have no
+    `"class_labels"`. If the first picture is grey, all are converted to grey, else all to colour. 16-bit grey is
+    scaled to 8 bits, and transparent pixels become white.
 
     Attributes:
         shape: (C, H, W) of every picture; C is 1 for grey and 3 for colour.
@@ -41,6 +41,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._rows = rows
         self._image_column = image_column
         self._resolution = resolution
+        self._images: torch.Tensor | None = None  # all pictures, once they are decoded
         self._mode: str | None = None
         self._mode = "L" if self._decode(0).mode in ("1", "L", "LA") else "RGB"
         self.shape: tuple[int, int, int] = self.pixels(0).shape
@@ -59,8 +60,39 @@ class ImageDataset(Dataset[dict[str, Any]]):
                     )
             self.id2label = dict(enumerate(names or map(str, range(max(self._labels) + 1))))
 
+    @classmethod
+    def from_tensors(
+        cls, images: torch.Tensor, class_labels: torch.Tensor | None = None, id2label: dict[int, str] | None = None
+    ) -> ImageDataset:
+        """Make a dataset of pictures in memory.
+
+        Args:
+            images: (N, C, H, W) uint8 in [0, 255].
+            class_labels: (N,) int64, or `None`.
+            id2label: Class names by index. Default: "0" to the largest label.
+
+        Raises:
+            ValueError: The images are no bytes of this shape, or the labels do not fit them.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
+            raise ValueError(
+                f"images must be uint8 of shape (N, C, H, W), but are {images.dtype} of {tuple(images.shape)}."
+            )
+        dataset = cls.__new__(cls)
+        dataset._images, dataset._labels, dataset.id2label = images, None, None
+        channels, height, width = images.shape[1:]
+        dataset.shape = (channels, height, width)
+        if class_labels is not None:
+            if class_labels.shape != images.shape[:1] or class_labels.is_floating_point() or class_labels.min() < 0:
+                raise ValueError(f"class_labels must hold {len(images)} class indices, one for each image.")
+            dataset._labels = class_labels.tolist()
+            dataset.id2label = id2label or {label: str(label) for label in range(max(dataset._labels) + 1)}
+            if max(dataset._labels) not in dataset.id2label:
+                raise ValueError(f"class_labels holds {max(dataset._labels)}, which id2label does not name.")
+        return dataset
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._images is None else len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item: dict[str, Any] = {"images": to_model_range(torch.from_numpy(self.pixels(index)))}
@@ -73,6 +105,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         A picture that cannot be decoded or differs in size from the first is a `ValueError`, which names it.
         """
+        if self._images is not None:
+            return self._images[index].numpy()
         image = self._decode(index)
         if self._resolution is not None:
             image = ImageOps.fit(image, (self._resolution, self._resolution))
@@ -89,12 +123,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def stack(self, progress: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode all into memory: images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None`.
 
-        Errors are those of [`ImageDataset.pixels`].
+        The images stay in memory for later calls. Errors are those of [`ImageDataset.pixels`].
         """
-        images = np.empty((len(self), *self.shape), dtype=np.uint8)
-        for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
-            images[index] = self.pixels(index)
-        return torch.from_numpy(images), torch.tensor(self._labels) if self._labels is not None else None
+        if self._images is None:
+            images = np.empty((len(self), *self.shape), dtype=np.uint8)
+            for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
+                images[index] = self.pixels(index)
+            self._images = torch.from_numpy(images)
+        return self._images, torch.tensor(self._labels) if self._labels is not None else None
 
     def _decode(self, index: int) -> Image.Image:
         """Decode one picture, turned upright, to 8 bits without transparency and to the mode of the dataset."""

@@ -88,11 +88,25 @@ def model_facts(folder: Path) -> dict[str, Any]:
     for fact, key in (("pipeline", "_class_name"), ("unet", "unet"), ("scheduler", "scheduler")):
         model[fact] = index[key][-1] if isinstance(index[key], list) else index[key]
     for config, keys in (
-        (unet, ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "num_class_embeds")),
+        (
+            unet,
+            (
+                "sample_size",
+                "in_channels",
+                "block_out_channels",
+                "layers_per_block",
+                "head_channels",
+                "num_class_embeds",
+            ),
+        ),
         (scheduler, ("num_train_timesteps", "beta_schedule", "prediction_type")),
     ):
         model |= {key: config[key] for key in keys if config.get(key) is not None}
-    model |= {key: value for key, value in index.items() if key.startswith("default_")}
+    model |= {
+        key: value
+        for key, value in index.items()
+        if key.startswith("default_") or key in ("black_level", "white_level")
+    }
     if labels := index.get("id2label"):
         model["labels"] = list(labels.values())
     for files in list(weights_by_variant(folder / "unet").values())[:1]:

@@ -22,6 +22,10 @@ WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d{5}-of-\d{5
 """The name of a network's weights file, or of one of its shards. Group 1 is the variant."""
 
 
+# Keys that repositories of the first version lack.
+_LATER_KEYS = {"head_channels", "black_level", "white_level"}
+
+
 def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """Open a saved mini-ddpm pipeline, whichever of our two classes it has.
 
@@ -150,8 +154,8 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
     if unknown:
         raise ValueError(f"{file}: unknown key {unknown[0]!r}. {cls.__name__} has {', '.join(sorted(expected))}.")
     # diffusers adds keys to its classes from version to version, so theirs may be missing. So may `default_*`, which
-    # are saved only if they were set.
-    required = {key for key in expected if not key.startswith("default_")}
+    # are saved only if they were set, and the keys that came later.
+    required = {key for key in expected if not key.startswith("default_")} - _LATER_KEYS
     missing = sorted(required - config.keys()) if cls.__module__.startswith("mini_ddpm.") else []
     if missing:
         raise ValueError(f"{file}: the key {missing[0]!r} is missing.")

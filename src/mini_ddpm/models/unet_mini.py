@@ -33,7 +33,7 @@ from torch import nn
 _TUTORIAL: dict[str, Any] = {"patch_size": 1, "down_block_types": ("DownBlock2D",) * 4}
 _TUTORIAL |= {"layers_per_block": 1, "add_attention": False}
 PRESETS: dict[str, dict[str, Any]] = {
-    "mini": {},
+    "mini": {"head_channels": 8},
     "tutorial-32": {**_TUTORIAL, "block_out_channels": (32, 64, 128, 256)},
     "tutorial-64": {**_TUTORIAL, "block_out_channels": (64, 128, 256, 512)},
 }
@@ -256,6 +256,26 @@ class MiniUpBlock(MiniLevel):
         return hidden_states
 
 
+class MiniHead(nn.Module):
+    """Residual block at full resolution: it sees across the borders of the patches, which unfold one by one.
+
+    `y + conv2(silu(conv1([h, x_t])))`, with the prediction y in the first channels of the input and K features h in
+    the others. `conv2` starts at zero, so that a new head changes nothing.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv1 = nn.Conv2d(head_channels + in_channels, head_channels, 3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(head_channels, out_channels, 3, padding=1))
+
+    def forward(self, hidden_states: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """Map (B, C_out + K, H, W) and x_t, (B, C, H, W), to the prediction, (B, C_out, H, W)."""
+        output, features = hidden_states[:, : self.out_channels], hidden_states[:, self.out_channels :]
+        features = F.silu(self.conv1(torch.cat([features, sample], dim=1)))
+        return output + self.conv2(features)  # type: ignore[no-any-return]
+
+
 class MiniTimestepEmbedding(nn.Module):
     """Two-layer perceptron over the sinusoids: `linear_2(silu(linear_1(emb)))`, (B, in_dim) -> (B, E)."""
 
@@ -280,6 +300,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         out_channels: Channels of the prediction: `in_channels`, or twice as many for a learned variance.
         patch_size: Side p of the square patches that the stem folds into channels, `(C, H, W) -> (C·p², H/p, W/p)`;
             1 for single pixels. Other sizes than multiples of p are padded by repeating the edge, then cropped.
+        head_channels: Width K of the head at full resolution, which smooths the seams between patches; 0 for none.
         down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention). The way up
             mirrors the way down.
         block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounded up.
@@ -301,7 +322,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
     # The attention blocks of a level share one graph. Residual blocks differ in width: "tutorial-32" has more kinds
     # than the 8 that dynamo compiles of one function.
     _repeated_blocks = ["MiniAttention"]
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "conv_in", "conv_out", "head"]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -310,6 +331,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         in_channels: int = 1,
         out_channels: int = 1,
         patch_size: int = 2,
+        head_channels: int = 0,
         down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D"),
         block_out_channels: tuple[int, ...] = (64, 96),
         layers_per_block: int = 2,
@@ -366,12 +388,13 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             )
 
         self.norm_out = MiniGroupNorm(norm_num_groups, widths[0], eps=norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], out_channels * patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], (out_channels + head_channels) * patch_size**2, 3, padding=1)
         # A new network predicts almost zero, so its first loss is that of predicting the mean. Exactly zero would give
         # no other layer a gradient in the first step, and an adapter on them would have no effect.
         with torch.no_grad():
             for parameter in self.conv_out.parameters():
                 parameter.mul_(0.3)
+        self.head = MiniHead(in_channels, out_channels, head_channels) if head_channels else None
 
     def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
         """Raise a `ValueError` that names the config key that makes the shape impossible."""
@@ -475,10 +498,10 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         pad_h, pad_w = -height % patch, -width % patch
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
-        sample = F.pixel_unshuffle(sample, patch)
-        if sample.is_cpu:  # convolutions are fastest in channels last on a CPU; the layers below keep the format
-            sample = sample.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.conv_in(sample)  # (B, D_0, H/p, W/p)
+        patches = F.pixel_unshuffle(sample, patch)
+        if patches.is_cpu:  # convolutions are fastest in channels last on a CPU; the layers below keep the format
+            patches = patches.contiguous(memory_format=torch.channels_last)
+        hidden_states = self.conv_in(patches)  # (B, D_0, H/p, W/p)
 
         # 3. Down, middle, up.
         skips: list[tuple[torch.Tensor, ...]] = []
@@ -491,7 +514,10 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
         # 4. Head: unfold channels into patches.
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))  # (B, C_out·p², H/p, W/p)
-        output = F.pixel_shuffle(hidden_states, patch)[..., :height, :width]  # (B, C_out, H, W)
+        output = F.pixel_shuffle(hidden_states, patch)  # (B, C_out + K, H, W)
+        if self.head is not None:
+            output = self.head(output, sample)  # (B, C_out, H, W)
+        output = output[..., :height, :width]
         if not return_dict:
             return (output,)
         return MiniUNet2DOutput(sample=output)

@@ -132,6 +132,18 @@ class DenoisingPipelineMixin:
         """Whether the call stops before its next step. A callback sets it by `pipe._interrupt = True`."""
         return self._interrupt  # type: ignore[no-any-return]
 
+    def _register_levels(self, black_level: Any, white_level: Any) -> None:
+        """Add the levels that are given to the configuration, as `_register_defaults` does."""
+        black, white = 0 if black_level is None else black_level, 255 if white_level is None else white_level
+        if not (type(black) is type(white) is int and 0 <= black < white <= 255):
+            raise ValueError(
+                "`black_level` and `white_level` must be whole numbers with 0 <= black_level < white_level <= 255, but"
+                f" are {black!r} and {white!r}."
+            )
+        for name, value in (("black_level", black_level), ("white_level", white_level)):
+            if value is not None:
+                self.register_to_config(**{name: value})  # type: ignore[attr-defined]
+
     def _register_defaults(self, **defaults: Any) -> None:
         """Add the given defaults to the configuration. Other pipeline classes, which do not know them, get none."""
         for name, value in defaults.items():
@@ -163,7 +175,8 @@ class DenoisingPipelineMixin:
             latents, trajectory, predictions = self._denoise(latents, conditions, steps, options)
         images: Any = latents
         if output_type != "latent":
-            images = (latents / 2 + 0.5).clamp(0, 1).float()
+            black, white = self.config.get("black_level", 0), self.config.get("white_level", 255)
+            images = (latents / 2 + 0.5).clamp(black / 255, white / 255).float()
         if output_type in ("np", "pil"):
             images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
         if output_type == "pil":

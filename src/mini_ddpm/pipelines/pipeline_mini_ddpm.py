@@ -18,6 +18,8 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
             learned the variance too (`out_channels = 2 * in_channels`) works with every scheduler.
         scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
         default_num_inference_steps: Default number of steps; a distilled network's own step count.
+        black_level: The darkest level of the images, 0 to 255. Samples are clamped to it. Default: 0.
+        white_level: The lightest level of the images; MNIST's is 253. Default: 255.
 
     Example:
         >>> from mini_ddpm import MiniDDPMPipeline, PRETRAINED
@@ -29,9 +31,15 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, unet: ModelMixin, scheduler: SchedulerMixin, default_num_inference_steps: int | None = None
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        default_num_inference_steps: int | None = None,
+        black_level: int | None = None,
+        white_level: int | None = None,
     ) -> None:
         super().__init__()
+        self._register_levels(black_level, white_level)
         self._register_defaults(default_num_inference_steps=default_num_inference_steps)
         self.register_modules(unet=unet, scheduler=scheduler)
 

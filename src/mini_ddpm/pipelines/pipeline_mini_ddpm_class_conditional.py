@@ -22,6 +22,8 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         id2label: Class names by label. The string keys of JSON are accepted for integers.
         default_num_inference_steps: Default number of steps; a distilled network's own step count.
         default_guidance_scale: Default guidance scale; 1 (no guidance) if guidance was distilled into the weights.
+        black_level: The darkest level of the images, 0 to 255. Samples are clamped to it. Default: 0.
+        white_level: The lightest level of the images; MNIST's is 253. Default: 255.
 
     Example:
         >>> from mini_ddpm import MiniDDPMClassConditionalPipeline, PRETRAINED
@@ -43,8 +45,11 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         id2label: dict[Any, Any] | None = None,
         default_num_inference_steps: int | None = None,
         default_guidance_scale: float | None = None,
+        black_level: int | None = None,
+        white_level: int | None = None,
     ) -> None:
         super().__init__()
+        self._register_levels(black_level, white_level)
         self._register_defaults(
             default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
         )

@@ -34,7 +34,7 @@ from ..hub.load import load_pipeline
 from ..options import find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from .checkpoints import checkpoint_step, list_checkpoints
-from .loss import compute_loss, saturate, saturated_ends
+from .loss import compute_loss, saturate, saturated_levels
 from .train import RunConfig, TrainConfig, train
 
 UNDISTILLED_TEACHER_STEPS = 32
@@ -227,13 +227,14 @@ class DDIMTeacher:
         return prev_sample
 
 
-def distill(config: DistillConfig) -> list[Path]:
+def distill(config: DistillConfig, dataset: ImageDataset | None = None) -> list[Path]:
     """Distil a pipeline round by round, or resume its distillation.
 
     Under `accelerate launch` every process calls this.
 
     Args:
         config: The pipeline, the number of steps, and the settings of the rounds.
+        dataset: The images. `None`: those of `config.dataset_name`.
 
     Returns:
         The pipeline folder of each round, `output_dir/steps-N`, with N decreasing.
@@ -248,9 +249,10 @@ def distill(config: DistillConfig) -> list[Path]:
     guidance: dict[str, Any] = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
     guidance |= resolve_guidance(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
     step_counts = _step_counts(config, pipe)
-    dataset = image_dataset(
-        config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
-    )
+    if dataset is None:
+        dataset = image_dataset(
+            config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
+        )
     class_conditional = pipe.unet.config.num_class_embeds is not None
     if class_conditional:
         _check_classes(config, pipe, dataset)
@@ -258,8 +260,8 @@ def distill(config: DistillConfig) -> list[Path]:
     margin = round(pipe.scheduler.config.clip_sample_range - 1, 6) if pipe.scheduler.config.clip_sample else 0.0
     margin = min(max(margin, 0.0), 1.0)
     rounds = [config.train_config(config.teacher, steps, margin, class_conditional) for steps in step_counts]
-    # MNIST's white is 251 to 255, in 7 % of its pixels.
-    saturation = (margin * config.saturate, *saturated_ends(dataset, tolerance=5, share=0.05))
+    black, white = saturated_levels(dataset)
+    saturation = (margin * config.saturate, black is not None, white is not None)
 
     rank, _ = process_rank()
     if rank == 0:
@@ -277,7 +279,7 @@ def distill(config: DistillConfig) -> list[Path]:
         options = {**guidance, "saturation": saturation} if teacher_name == config.teacher else {}
         teacher = DDIMTeacher(load_pipeline(teacher_name), steps, **options)
         teacher.run_settings |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
-        folder = train(train_config, teacher)
+        folder = train(train_config, teacher, dataset)
         if rank == 0 and config.num_evaluation_images:
             _evaluate(config, folder)
         teacher_name = str(folder)

@@ -68,30 +68,42 @@ def compute_loss(
     return losses.mean()
 
 
-def beyond_saturation(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
-    """Move pure black and pure white pixels of real images beyond [-1, 1], the range that samples are clamped to.
+Levels = tuple[int | None, int | None]
+"""The bytes that a dataset means by black and by white; `None` where it has no such level."""
+
+
+def saturated_levels(dataset: ImageDataset, share: float = 0.05) -> Levels:
+    """Return the bytes that stand for black and for white in a dataset, or `None` where no level does.
+
+    An end of the range is saturated if at least `share` of all pixels lie within 5 levels of it. The commonest of
+    these levels is what the dataset means by that end: MNIST's black is 0, and its white is 253. At most 1,000
+    pictures are read, evenly spread over the dataset.
+    """
+    pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
+    counts = np.bincount(pixels.reshape(-1), minlength=256)
+    black, white = counts[:6], counts[250:]
+    return (
+        int(black.argmax()) if black.sum() >= share * pixels.size else None,
+        int(white.argmax()) + 250 if white.sum() >= share * pixels.size else None,
+    )
+
+
+def beyond_saturation(images: torch.Tensor, margin: float, levels: Levels) -> torch.Tensor:
+    """Move black and white pixels of real images beyond [-1, 1], the range that samples are clamped to.
 
     A byte of 0 means "as dark as can be shown, or darker". A network that learns exactly -1 predicts -1 ± its error,
     and the half of it above -1 is a faint grey: invisible, but every metric counts it. A network that learns
     -1 - margin, with a margin of a few times its error, predicts values below -1, which are clamped to black.
 
-    `black` moves -1 to -1 - margin, `white` moves 1 to 1 + margin. The shape, (B, C, H, W), stays.
+    `levels` are those of [`saturated_levels`]. Levels up to twice as far from the end are black or white too: from 251
+    on, if white is 253. Black becomes -1 - margin, white 1 + margin. The shape, (B, C, H, W), stays.
     """
-    if black:
-        images = images.masked_fill(images <= -1, -1 - margin)
-    if white:
-        images = images.masked_fill(images >= 1, 1 + margin)
+    black, white = levels
+    if black is not None:
+        images = images.masked_fill(images < (2 * black + 0.5) / 127.5 - 1, -1 - margin)
+    if white is not None:
+        images = images.masked_fill(images > (2 * white - 255 - 0.5) / 127.5 - 1, 1 + margin)
     return images
-
-
-def saturated_ends(dataset: ImageDataset, tolerance: int = 0, share: float = 0.1) -> tuple[bool, bool]:
-    """Return whether at least `share` of the pixels are pure black, and whether at least `share` are pure white.
-
-    Bytes up to `tolerance` count as black, bytes from `255 - tolerance` as white. At most 1,000 pictures are read,
-    evenly spread over the dataset.
-    """
-    pixels = np.stack([dataset.pixels(index) for index in range(0, len(dataset), -(-len(dataset) // 1000))])
-    return bool((pixels <= tolerance).mean() >= share), bool((pixels >= 255 - tolerance).mean() >= share)
 
 
 def saturate(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .checkpoints import (
     save_pipeline,
     truncate_log,
 )
-from .loss import beyond_saturation, compute_loss, saturated_ends
+from .loss import Levels, beyond_saturation, compute_loss, saturated_levels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,7 +86,7 @@ class RunConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     lr_warmup_steps: int = 200
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate rises from zero, at most a tenth of all."""
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null label; guidance needs it (arXiv 2207.12598)."""
     ema_max_decay: float = 0.9995
@@ -136,7 +136,7 @@ class TrainConfig(RunConfig):
     """Dropout in the residual blocks."""
 
     saturation_margin: float = 0.1
-    """Train pure black (white) as -1 - margin (1 + margin) if 10 % of pixels are: clamping makes it exact. 0: off."""
+    """Train black (white) as -1 - margin (1 + margin) if 5 % of pixels are it: clamping makes it exact. 0: off."""
 
     num_train_timesteps: int = 1000
     """Number T of noise levels."""
@@ -216,7 +216,7 @@ class Teacher(Protocol):
         """Return the image to predict instead of `images`, and the noise that leads from it to the same x_t."""
 
 
-def train(config: TrainConfig, teacher: Teacher | None = None) -> Path:
+def train(config: TrainConfig, teacher: Teacher | None = None, dataset: ImageDataset | None = None) -> Path:
     """Train a pipeline, or resume its training from the last checkpoint.
 
     Under `accelerate launch` every process calls this. `config.output_dir` becomes a pipeline folder that
@@ -226,6 +226,7 @@ def train(config: TrainConfig, teacher: Teacher | None = None) -> Path:
     Args:
         config: The settings of the run.
         teacher: Gives the targets of a distillation, see [`distill`]. `None`: learn from the images alone.
+        dataset: The images. `None`: those of `config.dataset_name`.
 
     Returns:
         `config.output_dir`.
@@ -249,7 +250,7 @@ def train(config: TrainConfig, teacher: Teacher | None = None) -> Path:
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
     )
     try:
-        _train(config, accelerator, teacher)
+        _train(config, accelerator, teacher, dataset)
     finally:
         accelerator.end_training()
         # accelerate keeps the precision of the first run in a process; without this a second run could not change it.
@@ -257,7 +258,9 @@ def train(config: TrainConfig, teacher: Teacher | None = None) -> Path:
     return config.output_dir
 
 
-def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | None) -> None:
+def _train(
+    config: TrainConfig, accelerator: Accelerator, teacher: Teacher | None, dataset: ImageDataset | None
+) -> None:
     """Take the steps that remain after the last checkpoint; see [`train`]."""
     from accelerate.utils import set_seed
     from diffusers.optimization import get_scheduler
@@ -266,9 +269,10 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     output_dir, device, is_main = config.output_dir, accelerator.device, accelerator.is_main_process
 
     # 1. The data, and the number of steps.
-    dataset = image_dataset(
-        config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
-    )
+    if dataset is None:
+        dataset = image_dataset(
+            config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
+        )
     if config.class_conditional and dataset.id2label is None:
         raise ValueError(
             f"class_conditional=True needs labels, but {config.dataset_name!r} has none. Set label_column, or "
@@ -282,8 +286,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     # 2. The network and its optimizer.
     set_seed(config.seed)
     unet, scheduler = _new_model(config, dataset)
-    ends = saturated_ends(dataset) if config.saturation_margin else (False, False)
-    clip_sample_range = 1 + config.saturation_margin if any(ends) else 1.0
+    levels = saturated_levels(dataset) if config.saturation_margin else (None, None)
+    clip_sample_range = 1.0 if levels == (None, None) else 1 + config.saturation_margin
     scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
     if teacher is not None:
         teacher.prepare(device, config.torch_compile)
@@ -296,7 +300,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
         weight_decay=config.adam_weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    lr_steps = {"num_warmup_steps": min(config.lr_warmup_steps, total_steps), "num_training_steps": total_steps}
+    lr_steps = {"num_warmup_steps": min(config.lr_warmup_steps, total_steps // 10), "num_training_steps": total_steps}
     lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, **lr_steps)
     if config.torch_compile:
         unet.compile()  # in place: the keys of the weights stay, so runs with and without it can share checkpoints
@@ -306,11 +310,12 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     ema = EMAModel(unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=power, foreach=True)
     ema.to(device)
     accelerator.register_for_checkpointing(ema, lr_scheduler)
-    pipeline = _new_pipeline(config, dataset, unet, scheduler, teacher)
+    pipeline = _new_pipeline(config, dataset, levels, unet, scheduler, teacher)
 
     # 3. The last checkpoint. Nothing was written before this line.
     if is_main:
-        claim_folder(output_dir, vars(config) | (teacher.run_settings if teacher else {}))
+        settings = vars(config) | {"saturated_levels": levels}
+        claim_folder(output_dir, settings | (teacher.run_settings if teacher else {}))
     accelerator.wait_for_everyone()
     first_step, seconds = 0, 0.0
     for checkpoint in list_checkpoints(output_dir)[-1:]:
@@ -334,7 +339,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, teacher: Teacher | Non
     running_loss, running_count = torch.zeros((), device=device), 0
     model.train()
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
-        images = beyond_saturation(images, config.saturation_margin, *ends)
+        images = beyond_saturation(images, config.saturation_margin, levels)
         noise, timesteps, class_labels = noise_batch(
             accelerator, config.seed, micro_step, noise_levels, images, class_labels, null_label, label_dropout
         )
@@ -490,12 +495,16 @@ def _copy_weights(source: MiniUNet2DModel, target: MiniUNet2DModel) -> None:
 def _new_pipeline(
     config: TrainConfig,
     dataset: ImageDataset,
+    levels: Levels,
     unet: MiniUNet2DModel,
     scheduler: MiniDDIMScheduler,
     teacher: Teacher | None,
 ) -> Any:
     """Make the pipeline that is saved."""
-    defaults = teacher.pipeline_defaults if teacher else {}
+    defaults = dict(teacher.pipeline_defaults if teacher else {})
+    # A level at the very end of the range needs no entry.
+    defaults |= {name: level for name, level in zip(("black_level", "white_level"), levels, strict=True)
+                 if level not in (None, 0, 255)}  # fmt: skip
     if config.class_conditional:
         defaults = {**defaults, "id2label": dataset.id2label}
     pipeline_class: Any = MiniDDPMClassConditionalPipeline if config.class_conditional else MiniDDPMPipeline
