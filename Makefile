@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two pytest workers with one torch thread each beat one worker with two threads: these networks are tiny.
 WORKERS ?= 2
+LOWEST := $(VENV)/lowest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow lint format evaluation card clean
+.PHONY: help sample test test-slow test-lowest lint format evaluation card clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 sample: $(VENV)/base.stamp  ## draw a grid of digits with the shipped weights: samples.png
 	$(BIN)/mini-ddpm sample $(ARGS)
@@ -23,6 +24,11 @@ test: $(VENV)/dev.stamp  ## run the tests (minutes)
 
 test-slow: $(VENV)/dev.stamp  ## run the slow tests too (many minutes)
 	$(PYTEST) -m "slow or not slow" $(ARGS)
+
+# Deprecations that old releases meet in new ones of what they build on are not ours.
+test-lowest: $(LOWEST)/stamp  ## run the tests with the lowest versions that pyproject.toml declares (minutes)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) \
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check .
@@ -73,3 +79,13 @@ $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing mini-ddpm with everything its tests need into $(VENV) ..."
 	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/base.stamp
+
+# uv chooses the lowest versions of what pyproject.toml names; what pip has put there before it, torch alone, stays.
+$(LOWEST)/stamp: pyproject.toml constraints.txt
+	@echo "installing the lowest versions into $(LOWEST) ..."
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt torch uv
+	@grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  --constraint $(LOWEST)/torch.txt --editable ".[test]"
+	@touch $@

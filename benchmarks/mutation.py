@@ -42,6 +42,7 @@ TESTS = {
     ],
     "options": ["test_cli.py"],
     "data": ["test_data.py"],
+    "folders": ["test_data.py"],
     "plots": ["test_plots.py"],
 }  # fmt: skip
 _PAIRS = "Add Sub, Mult Div, FloorDiv Mult, Mod Mult, Pow Mult, Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, And Or"

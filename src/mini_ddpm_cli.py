@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import json
 import math
 import os
 import pkgutil
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -27,8 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mini_ddpm.evaluation.evaluate import EvaluateConfig
+    from mini_ddpm.training.config import TrainConfig
     from mini_ddpm.training.distill import DistillConfig
-    from mini_ddpm.training.train import TrainConfig
 
 # Help texts show PIPELINE instead of [STR], and INT instead of {None}|INT.
 _TYRO = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
@@ -78,6 +81,10 @@ class SampleConfig:
     out: Path = Path("samples.png")
     """*.png: labelled grid; *.gif, *.webp: film of the denoising; *.npz: arrays; no suffix: folder of PNGs."""
 
+    def __post_init__(self) -> None:
+        """Expand `~`, which a shell leaves alone in `--out=~/x.png`."""
+        self.out = Path(os.path.expanduser(self.out))
+
 
 def pipeline_to_sample(config: SampleConfig) -> str:
     """Return the pipeline to draw with. The distilled model only works with its own sampler settings."""
@@ -105,6 +112,7 @@ def sample(config: SampleConfig) -> None:
     from mini_ddpm.hub.load import load_pipeline
     from mini_ddpm.sampling import draw
 
+    choices.check_fields(config, {"seed": (0, choices.MAX_SEED), "eta": (0, None)})
     # With `accelerate launch` every process draws a share, and rank 0 writes the images of all.
     rank, processes = choices.process_rank()
     suffix = config.out.suffix.lower()
@@ -152,24 +160,32 @@ def sample(config: SampleConfig) -> None:
             work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": config.batch_size, "shared": True}
             work["folder"] = shard_folder if has_shards else None
             try:
-                tensor, _, _ = draw(pipe, count, options, labels=labels, seed=config.seed, title=title, **work)
-            except KeyboardInterrupt:
+                tensor, _, evaluations = draw(
+                    pipe, count, options, labels=labels, seed=config.seed, title=title, **work
+                )
+            except KeyboardInterrupt as stop:
                 if shard_folder.is_dir():
                     saved = f"Finished batches are saved in {shard_folder}. Run the same command again to resume."
-                    print(f"\n{saved}", file=sys.stderr)
+                    stop.args = (saved,)
                 raise
             if rank > 0:
                 return
             images = tensor.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
-        seconds = time.perf_counter() - started
+        seconds, legend = time.perf_counter() - started, ""
         if is_film:
             frames = plots.denoising_film(film.latents_trajectory, film.pred_original_samples, columns=columns)
             plots.save_film(frames, target)
         elif suffix == ".png":
-            plots.sample_grid(images, names, columns=columns).save(target)
+            grid = plots.sample_grid(images, names, columns=columns)
+            grid.save(target)
+            legend = grid.info.get("legend", "")
         elif suffix == ".npz":
             arrays: dict[str, Any] = {"images": images, "seeds": config.seed + np.arange(count)}
-            np.savez_compressed(target, **arrays | ({} if labels is None else {"class_labels": np.array(labels)}))
+            arrays |= {} if labels is None else {"class_labels": np.array(labels)}
+            settings = {"scheduler": type(pipe.scheduler).__name__, **options, "dtype": config.dtype}
+            settings |= {"device": choices.device_name(device), "unet_evaluations": evaluations}
+            settings |= {} if is_resumed else {"seconds_per_image": float(f"{seconds / count:.3g}")}
+            np.savez_compressed(target, **arrays, settings=np.array(json.dumps(settings)))
         else:
             _save_folder(target, images, names)
     shutil.rmtree(shard_folder, ignore_errors=True)
@@ -177,6 +193,8 @@ def sample(config: SampleConfig) -> None:
     pace = "" if is_resumed else f", {count / seconds:.1f} images/s"  # a resumed run did not draw all images
     sampler = f"{steps} steps of {type(pipe.scheduler).__name__}"
     print(f"{config.out}: {title} of {width}x{height}, {sampler}, {seconds:.1f} s{pace} ({device}, {config.dtype})")
+    if legend:
+        print(f"Numbers in place of names: {', '.join(legend.splitlines())}")
 
 
 def train(config: TrainConfig) -> None:
@@ -218,6 +236,10 @@ class CardConfig:
     """Folder for README.md, facts.json and the picture. Default: print the card."""
     repo_id: str | None = None
     """Hub repository of the card, user/name. Default: the card refers to a local folder."""
+
+    def __post_init__(self) -> None:
+        """Expand `~`."""
+        self.out = None if self.out is None else Path(os.path.expanduser(self.out))
 
 
 def card(config: CardConfig) -> None:
@@ -294,7 +316,7 @@ def verify(config: VerifyConfig) -> None:
 # Each command's function, and the dataclass of its flags, which is imported only when the command runs.
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli:SampleConfig"),
-    "train": (train, "mini_ddpm.training.train:TrainConfig"),
+    "train": (train, "mini_ddpm.training.config:TrainConfig"),
     "distill": (distill, "mini_ddpm.training.distill:DistillConfig"),
     "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate:EvaluateConfig"),
     "card": (card, "mini_ddpm_cli:CardConfig"),
@@ -303,23 +325,52 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which job schedulers and containers send. It ends a command in the same good order as Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    """Raise `Terminated` at a SIGTERM in the block; only the main thread can do so."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Return the exit code: 0; 2 after an error, which is one line on stderr; 130 after Ctrl-C."""
+    """Run one command. Return the exit code.
+
+    It is 0 after success, 2 after an error, which is one line on stderr, 130 after Ctrl-C, and 143 after SIGTERM.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # print what a terminal cannot show as an escape sequence
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_help())
         elif argv[0] == "--version":
             print(importlib.metadata.version("mini-ddpm"))
         else:
-            config = parse(argv)
-            COMMANDS[argv[0]][0](config)
+            with _sigterm_as_exception():
+                config = parse(argv)
+                COMMANDS[argv[0]][0](config)
     except BrokenPipeError:  # `mini-ddpm sample --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("\nmini-ddpm: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        name, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"\nmini-ddpm: {name}{''.join(f'. {text}' for text in stop.args)}", file=sys.stderr)
+        return code
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("MINI_DDPM_DEBUG"):
             raise
@@ -416,9 +467,19 @@ def _save_folder(folder: Path, images: np.ndarray[Any, Any], names: Sequence[str
 
     digits = max(5, math.ceil(math.log10(len(images) + 1)))
     for i, image in enumerate(images):
-        label = "" if names is None else "_" + re.sub(r"[^\w-]+", "-", names[i])
+        label = "" if names is None else "_" + _file_label(names[i])
         pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
         Image.fromarray(pixels).save(folder / f"{i:0{digits}}{label}.png")
+
+
+def _file_label(name: str) -> str:
+    """Return a class name as a part of a file name: short, and of characters that the file system takes."""
+    label = re.sub(r"[^\w-]+", "-", name)
+    try:
+        os.fsencode(label)
+    except UnicodeEncodeError:
+        label = re.sub(r"[^\w-]+", "-", name, flags=re.ASCII)
+    return label[:50]
 
 
 if __name__ == "__main__":

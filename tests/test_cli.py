@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -145,6 +146,59 @@ def test_default_number_of_steps(tmp_path, unconditional, capsys):
         MiniDDPMPipeline(pipe.unet, pipe.scheduler, **changes).save_pretrained(tmp_path / folder)
         assert run("sample", tmp_path / folder, "--num-images", 1, "--device", "cpu", "--out", tmp_path / "x.png") == 0
         assert f", {steps} steps of MiniDDIMScheduler" in capsys.readouterr().out
+
+
+def test_the_default_number_of_steps_is_at_most_that_of_the_timesteps(tmp_path, unconditional, capsys):
+    pipe = MiniDDPMPipeline.from_pretrained(unconditional)
+    MiniDDPMPipeline(pipe.unet, MiniDDIMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "short")
+    command = ("sample", tmp_path / "short", "--num-images", 1, "--device", "cpu", "--out", tmp_path / "x.png")
+    assert run(*command) == 0
+    assert ", 10 steps of MiniDDIMScheduler" in capsys.readouterr().out
+    assert run(*command, "--steps", 20) == 2
+    assert "`num_inference_steps` must be at most 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["~/x.png", "~/deeper/x.npz", "~/folder"])
+def test_the_home_folder_is_found_in_out(tmp_path, unconditional, monkeypatch, out):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    assert run("sample", unconditional, "--steps", 1, "--num-images", 1, "--device", "cpu", f"--out={out}") == 0
+    assert (home / out.removeprefix("~/")).exists() and os.listdir(here) == []
+    assert mini_ddpm_cli.CardConfig("x", out="~/card").out == home / "card"
+    assert mini_ddpm_cli.SampleConfig(out="~no-such-user/x.png").out == Path("~no-such-user/x.png")
+
+
+CHINESE = ["猫", "собака", "🐱", "line\nbreak", "x" * 300]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+)
+def test_a_terminal_that_cannot_show_a_character_stops_no_command(tmp_path, environment):
+    unet = tiny_unet(num_class_embeds=len(CHINESE) + 1)
+    pipe = MiniDDPMClassConditionalPipeline(unet, MiniDDIMScheduler(), id2label=dict(enumerate(CHINESE)))
+    pipe.save_pretrained(tmp_path / "pipeline")
+    small = ["sample", str(tmp_path / "pipeline"), "--steps", "1", "--num-images", "5", "--device", "cpu", "--out"]
+    commands = [[*small, str(tmp_path / name)] for name in ("grid.png", "folder", "a\u0107.npz")]
+    commands += [["card", str(tmp_path / "pipeline")], ["card", str(tmp_path / "pipeline"), "--out", str(tmp_path)]]
+    commands += [["sample", str(tmp_path / "猫")], ["--help"]]
+    code = (
+        "import json, sys, mini_ddpm_cli\nprint([mini_ddpm_cli.main(command) for command in json.loads(sys.argv[1])])"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
+    arguments = [sys.executable, "-c", code, json.dumps(commands, ensure_ascii=False)]
+    answer = subprocess.run(arguments, capture_output=True, env=inherited | environment)
+    assert answer.returncode == 0, answer.stderr.decode(errors="replace")
+    assert answer.stdout.splitlines()[-1] == b"[0, 0, 0, 0, 0, 2, 0]", answer.stderr.decode(errors="replace")
+    assert b"Traceback" not in answer.stderr and b"codec" not in answer.stderr
+    assert b"Numbers in place of names: " in answer.stdout
+    assert len(list((tmp_path / "folder").iterdir())) == 5
+    assert "猫" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_module_runs_as_the_command():
@@ -373,6 +427,9 @@ def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
         (["--device", "gpu"], "device='gpu' must be auto, cpu"),
         (["--dtype", "fp8"], "'fp32', 'fp16', 'bf16'"),
         (["--guidance-scale", "nan"], "guidance_scale"),
+        (["--eta", "nan"], "eta=nan must be a finite number"),
+        (["--seed", "-1"], "seed=-1 must be at least 0"),
+        (["--seed", "99999999999999999999"], "seed=99999999999999999999 must be at most"),
         (["--guidance-interval", "0.6", "0.4"], "guidance_interval"),
         (["--out", "samples.jpg"], "--out=samples.jpg must end in .png"),
         (["--out", "/dev/null/samples.png"], "--out=/dev/null/samples.png cannot be written"),

@@ -1,7 +1,10 @@
 """Images: what is read is what is in the files, and what cannot be read is named."""
 
+import gc
 import io
+import json
 import os
+import sys
 
 import datasets
 import numpy as np
@@ -9,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mini_ddpm.data import image_dataset, to_model_range
+from mini_ddpm import data
+from mini_ddpm.data import ImageDataset, image_dataset, to_model_range
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +83,8 @@ def test_folder_of_grey_pictures_in_class_folders(tmp_path, make_pixels, capsys)
     assert np.array_equal(images[:, 0], pixels)
     assert labels.tolist() == [0, 0, 1, 1]
     assert "Decoding images" not in capsys.readouterr().err
-    dataset.stack()
+    assert dataset.stack()[0] is images  # decoded once
+    image_dataset(tmp_path).stack()
     assert "Decoding images" in capsys.readouterr().err
     for index in range(4):
         item = dataset[index]
@@ -202,6 +207,368 @@ def test_mnist():
     images, labels = dataset.stack(progress=False)
     assert labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert images.double().mean().item() / 255 == pytest.approx(0.13251, abs=1e-5)
+
+
+# Folders of pictures
+
+
+GREY, RED = np.full((2, 2), 7, dtype=np.uint8), np.full((2, 2, 3), (255, 0, 0), dtype=np.uint8)
+
+
+def fill(folder, *names, picture=GREY):
+    """Write a picture, or what else `picture` holds, to each of these files."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture if isinstance(picture, bytes) else png(picture))
+    return folder
+
+
+def opened(capfd, folder, split="train", **options):
+    """The number of pictures, the class of each, and what is said on stderr, which is one line at most."""
+    capfd.readouterr()
+    dataset = image_dataset(folder, split, **options)
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == (err != ""), (out, err)
+    labels = dataset.stack(progress=False)[1]
+    names = None if labels is None else [dataset.id2label[label] for label in labels.tolist()]
+    assert len(dataset) == len(dataset.stack(progress=False)[0])
+    return len(dataset), names, err
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val", "evaluation"])
+def test_a_class_may_be_called_like_a_split(tmp_path, capfd, name):
+    classes = sorted(["bus", "car", name])
+    fill(tmp_path, *(f"{label}/{i}.png" for label in classes for i in range(4)))
+    assert opened(capfd, tmp_path) == (12, [label for label in classes for _ in range(4)], "")
+    assert "Unknown split" in message(tmp_path, split="validation")
+
+
+def test_files_called_like_splits_are_pictures(tmp_path, capfd):
+    fill(tmp_path, *(f"{kind}_{i}.png" for kind in ("train", "test", "val") for i in range(3)), "a-test.png")
+    assert opened(capfd, tmp_path) == (10, None, "")
+    fill(tmp_path / "in-classes", "bus/test_1.png", "bus/x.png", "car/train-2.png", "car/validation.png")
+    assert opened(capfd, tmp_path / "in-classes") == (4, ["bus", "bus", "car", "car"], "")
+
+
+def test_splits_with_classes_in_them(tmp_path, capfd):
+    fill(tmp_path, "train/cat/0.png", "train/cat/1.png", "train/dog/0.png", "test/cat/0.png", "test/elk/deep/0.png")
+    fill(tmp_path, "README.md", "test/notes.txt", picture=b"about")
+    count, names, said = opened(capfd, tmp_path)
+    assert (count, names) == (3, ["cat", "cat", "dog"])
+    assert "left out: 1 other file ('README.md')" in said
+    assert (
+        image_dataset(tmp_path).id2label == image_dataset(tmp_path, "test").id2label == {0: "cat", 1: "dog", 2: "elk"}
+    )
+    assert opened(capfd, tmp_path, "test")[:2] == (2, ["cat", "elk"])
+    assert opened(capfd, tmp_path, "train[1:]+test[:1]")[:2] == (3, ["cat", "dog", "cat"])
+    assert "Should be one of ['test', 'train']" in message(tmp_path, split="validation")
+
+    # other spellings, a folder around all, one class only in the test split, and a split that the user named
+    other = fill(tmp_path / "other", "data/Training/cat/0.png", "data/Training/dog/0.png", "data/Testing/dog/0.png")
+    assert opened(capfd, other) == (2, ["cat", "dog"], "")
+    assert opened(capfd, other, "test") == (1, ["dog"], "")
+    assert opened(capfd, other, "Testing") == (1, ["dog"], "")
+    fill(tmp_path / "held", "train/cat/0.png", "train/dog/0.png", "held/cat/0.png", "held/dog/0.png", "held/dog/1.png")
+    assert opened(capfd, tmp_path / "held", "held") == (3, ["cat", "dog", "dog"], "")
+
+
+def test_splits_beside_other_pictures(tmp_path, capfd):
+    fill(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "docs/figure.png", "logo.png")
+    count, names, said = opened(capfd, tmp_path)
+    assert (count, names) == (2, ["cat", "dog"])
+    assert "left out: 2 pictures beside the splits ('docs/figure.png', 'logo.png')" in said
+    text = message(fill(tmp_path / "one", "bus/0.png", "car/0.png", "train/freight/0.png", "train/tram/0.png"))
+    assert "'train' may be a split or a class" in text and "2 others ('bus', 'car')" in text
+    assert len(image_dataset(tmp_path / "one" / "train")) == 2
+
+
+def test_wildcards_in_paths(tmp_path, capfd):
+    for name in ("cats [v1]", "cats*", "cats?", "{a,b}", "a::b"):
+        fill(tmp_path / name, "x[1].png", "x[2].png")
+        assert opened(capfd, tmp_path / name) == (2, None, "")
+    layout = tmp_path / "hub [v1]"
+    layout.mkdir()
+    write_hub_layout(layout, {"image": datasets.Image()}, train={"image": [Image.fromarray(GREY)]})
+    assert "takes '[' in its path for a pattern. Rename the folder" in message(layout)
+    assert opened(capfd, layout / "mnist" / "train-00000-of-00001.parquet") == (1, None, "")
+    fill(layout / "a [b]", "0.png")
+    (layout / "a [b]" / "metadata.jsonl").write_text('{"file_name": "0.png", "label": 1}\n')
+    assert len(image_dataset(layout / "a [b]")) == 1
+
+
+def test_links_are_followed_but_not_for_ever(tmp_path, capfd):
+    fill(tmp_path, "far/away/0.png", "far/away/1.png", "set/cat/0.png", "set/cat/more/1.png")
+    folder = tmp_path / "set"
+    (folder / "dog").symlink_to(tmp_path / "far" / "away")
+    (folder / "elk").symlink_to(tmp_path / "far" / "away")  # the same pictures in two classes are the user's wish
+    (folder / "cat" / "2.png").symlink_to(tmp_path / "far" / "away" / "0.png")
+    assert opened(capfd, folder) == (7, ["cat"] * 3 + ["dog"] * 2 + ["elk"] * 2, "")
+
+    (folder / "cat" / "up").symlink_to(folder)
+    (folder / "cat" / "root").symlink_to("/")
+    (folder / "cat" / "more" / "self").symlink_to(folder / "cat" / "more")
+    (folder / "cat" / "nowhere.png").symlink_to(tmp_path / "nowhere")
+    (folder / "cat" / "circle.png").symlink_to(folder / "cat" / "circle.png")
+    os.mkfifo(folder / "cat" / "pipe.png")
+    count, names, said = opened(capfd, folder)
+    assert (count, len(names)) == (7, 7)
+    assert "3 links to folders that are read already ('cat/more/self', 'cat/root', 'cat/up')" in said
+    assert "3 other files ('cat/circle.png', 'cat/nowhere.png', 'cat/pipe.png')" in said
+
+
+def test_links_to_links_end(tmp_path, capfd):
+    """Thirty folders with two links to the next: 2^30 paths."""
+    for level in range(30):
+        fill(tmp_path / "chain", f"{level}/x.png")
+        for name in "ab":
+            (tmp_path / "chain" / str(level) / name).symlink_to(tmp_path / "chain" / str(level + 1))
+    fill(tmp_path, "set/cat/0.png", "set/dog/0.png")
+    (tmp_path / "set" / "cat" / "chain").symlink_to(tmp_path / "chain" / "0")
+    count, _, said = opened(capfd, tmp_path / "set")
+    assert count == 32 and "links to folders that are read already" in said
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ".WebP", ".avif", ".Jpeg", ".jp2", ".tga", ".qoi", ".TIF", ".gif", ".bmp"])
+def test_formats_and_suffixes(tmp_path, capfd, suffix):
+    known = Image.registered_extensions()
+    if known.get(suffix.lower()) not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {suffix}")
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(RED).resize((16, 16)).save(tmp_path / name / f"x{suffix}", known[suffix.lower()])
+    assert opened(capfd, tmp_path) == (2, ["cat", "dog"], "")
+
+
+def test_what_is_left_out_is_said(tmp_path, capfd):
+    fill(tmp_path, "bus/0.png", "bus/1.png", "car/0.png", "car/1.png")
+    fill(tmp_path, ".ipynb_checkpoints/0.png", "__MACOSX/bus/0.png", "bus/._0.png", "bus/@eaDir/0.png")
+    fill(tmp_path, "bus/.DS_Store", "bus/Thumbs.db", "desktop.ini", picture=b"junk")
+    assert opened(capfd, tmp_path)[2] == ""
+    fill(tmp_path, *(f"{name}/{i}.{kind}" for name in ("bus", "car") for i in (0, 1) for kind in ("txt", "json")))
+    fill(tmp_path, "old.zip", "bus/photos.tar.gz", "metadata.csv", picture=b"id,breed\n")
+    fill(tmp_path, "bus/page.eps", picture=b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    (tmp_path / "bird" / "none").mkdir(parents=True)
+    count, names, said = opened(capfd, tmp_path)
+    assert (count, names) == (4, ["bus", "bus", "car", "car"])
+    assert said == (
+        f"Dataset {str(tmp_path)!r}, split 'train': left out: 1 folder without pictures ('bird'), 2 archives "
+        "('bus/photos.tar.gz', 'old.zip'), 10 other files ('bus/0.json', 'bus/0.txt', 'bus/1.json', ...).\n"
+    )
+
+
+def test_captions_and_flat_folders(tmp_path, capfd):
+    flat = fill(tmp_path / "flat", "0.png", "1.png")
+    fill(flat, "0.txt", "1.txt", "captions.json", picture=b"{}")
+    count, names, said = opened(capfd, flat)
+    assert (count, names) == (2, None) and "3 other files" in said
+    assert opened(capfd, fill(tmp_path / "alone", "img/0.png", "img/1.png")) == (2, None, "")
+    wrapped = fill(tmp_path / "wrapped", "x/y/cat/0.png", "x/y/dog/1.png", "x/y/dog/more/2.png")
+    assert opened(capfd, wrapped) == (3, ["cat", "dog", "dog"], "")
+    text = message(fill(tmp_path / "mixed", "cat/0.png", "dog/0.png", "x.png"))
+    assert "1 picture ('x.png') beside 2 folders ('cat', 'dog')" in text and "move these pictures into one" in text
+
+
+def test_names_of_classes_and_pictures(tmp_path, capfd):
+    names = ["10", "2", "Été", "new\nline", "猫", "a b|c"]
+    fill(tmp_path, *(f"{name}/0.png" for name in names))
+    assert opened(capfd, tmp_path) == (6, sorted(names), "")
+    bad = os.fsencode(tmp_path / "bad") + b"/\xff.png"
+    fill(tmp_path, "bad/0.png")
+    with open(bad, "wb") as file:
+        file.write(png(GREY))
+    assert "is not UTF-8. Rename it." in message(tmp_path / "bad")
+
+
+def test_folder_called_like_a_module_of_datasets(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagefolder", "text", "csv"):
+        assert opened(capfd, fill(tmp_path / name, "0.png").name) == (1, None, "")
+    (tmp_path / "parquet").mkdir()
+    write_hub_layout(tmp_path / "parquet", {"image": datasets.Image()}, train={"image": [Image.fromarray(GREY)]})
+    assert opened(capfd, "parquet") == (1, None, "")
+
+
+def test_files_that_hold_datasets(tmp_path, capfd, make_pixels):
+    pixels = make_pixels(3, 2, 2)
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    columns = {"image": [Image.fromarray(picture) for picture in pixels], "label": [2, 0, 1]}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    table = tmp_path / "table [v1].parquet"
+    rows.to_parquet(str(tmp_path / "table.parquet"))
+    (tmp_path / "table.parquet").rename(table)
+    assert np.array_equal(image_dataset(table).stack(progress=False)[0][:, 0], pixels)
+    assert opened(capfd, table, "train[1:]") == (2, ["0", "1"], "")
+    assert "split 'test'" in message(table, split="test")
+    rows.save_to_disk(tmp_path / "saved")
+    assert opened(capfd, tmp_path / "saved") == (3, ["2", "0", "1"], "")
+    assert opened(capfd, next((tmp_path / "saved").glob("*.arrow"))) == (3, ["2", "0", "1"], "")
+    datasets.DatasetDict(test=rows, train=rows.select([1])).save_to_disk(tmp_path / "dict")
+    assert opened(capfd, tmp_path / "dict") == (1, ["0"], "")
+
+    fill(tmp_path / "both", "0.png")
+    rows.to_parquet(str(tmp_path / "both" / "train.parquet"))
+    assert "1 picture ('0.png') and 1 table ('train.parquet')" in message(tmp_path / "both")
+
+
+def test_files_that_are_no_datasets_have_a_hint(tmp_path):
+    fill(tmp_path, "raw/train-images-idx3-ubyte", "raw/train-labels-idx1-ubyte.gz", "zips/a.zip", picture=b"x")
+    assert "ylecun/mnist" in message(tmp_path / "raw") and "idx" in message(
+        tmp_path / "raw" / "train-images-idx3-ubyte"
+    )
+    assert "1 archive ('a.zip'). Unpack" in message(tmp_path / "zips")
+    assert "unpack the archive" in message(tmp_path / "zips" / "a.zip")
+    fill(tmp_path, "broken.parquet", picture=b"x")
+    assert "Cannot open dataset" in message(tmp_path / "broken.parquet")
+
+
+# `datasets` leaves the CSV file open
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_metadata_gives_the_labels(tmp_path, capfd, make_pixels):
+    write(tmp_path / "csv" / "cat", *make_pixels(3, 2, 2))
+    fill(tmp_path / "csv", "dog/test_1.png")
+    (tmp_path / "csv" / "metadata.csv").write_text("file_name,label\ncat/0.png,1\ncat/2.png,0\ndog/test_1.png,1\n")
+    count, names, said = opened(capfd, tmp_path / "csv")
+    assert (count, names) == (3, ["1", "0", "1"])
+    assert "3 rows and their labels come from 1 metadata file ('metadata.csv') beside 4 pictures" in said
+    gc.collect()  # the warning belongs to this test
+    for split, label in (("train", 0), ("test", 1)):
+        fill(tmp_path / "jsonl", f"{split}/0.png")
+        line = {"file_name": "0.png", "kind": label}
+        (tmp_path / "jsonl" / split / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+    assert opened(capfd, tmp_path / "jsonl", "test", label_column="kind")[:2] == (1, ["1"])
+
+
+def test_script_in_a_folder_is_not_executed(tmp_path, capfd):
+    folder = fill(tmp_path / "cats", "0.png", "1.png")
+    (folder / "cats.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    assert opened(capfd, folder)[0] == 2
+    write_hub_layout(folder, {"image": datasets.Image()}, train={"image": [Image.fromarray(GREY)]})
+    with pytest.raises(ValueError, match="script"):
+        image_dataset(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_postscript_is_never_opened(tmp_path):
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\nshowpage\n"
+    assert "cannot be decoded" in message(fill(tmp_path, "0.png", picture=text))
+
+
+# Grey or colour
+
+
+def test_any_picture_with_colour_makes_all_colour(tmp_path):
+    for kind in ("png", "jpg", "bmp"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        for index in range(9):
+            Image.fromarray(RED if index == 5 else GREY).save(folder / f"{index}.{kind}")
+        dataset = image_dataset(folder)
+        assert dataset.shape == (3, 2, 2)
+        images = dataset.stack(progress=False)[0]
+        assert (images[0] == 7).all() and images[5, 0].min() > 200 and images[5, 1:].max() < 50
+    (tmp_path / "hub").mkdir()
+    pictures = [Image.fromarray(GREY), None, Image.fromarray(GREY), Image.fromarray(RED)]
+    write_hub_layout(tmp_path / "hub", {"image": datasets.Image()}, train={"image": pictures})
+    assert image_dataset(tmp_path / "hub").shape == (3, 2, 2)
+    assert image_dataset(tmp_path / "hub", split="train[:3]").shape == (1, 2, 2)
+
+
+def test_colour_beyond_the_headers_that_are_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_MAX_HEADERS", 2)
+    write(tmp_path, GREY, RED, GREY, GREY)
+    dataset = image_dataset(tmp_path)
+    assert dataset.shape == (1, 2, 2)
+    with pytest.raises(ValueError, match=r"1\.png.*has colour, but .* opened as grey; convert"):
+        dataset.stack(progress=False)
+    write(tmp_path, GREY, GREY, RED, GREY)
+    assert image_dataset(tmp_path).shape == (3, 2, 2)  # evenly spread: numbers 0 and 2 of 4
+
+
+# What tells one dataset from another
+
+
+def test_fingerprint(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "a", "cat/0.png", "cat/1.png", "dog/0.png")
+    first = image_dataset(folder).fingerprint
+    assert json.loads(json.dumps(first)) == first
+    assert first.keys() == {"split", "num_images", "classes", "labels", "shape", "files"}
+    assert (first["split"], first["num_images"], first["classes"]) == ("train", 3, ["cat", "dog"])
+    assert first["shape"] == [1, 2, 2] and len(first["labels"]) == len(first["files"]) == 16
+
+    folder = folder.rename(tmp_path / "moved")
+    assert image_dataset(folder).fingerprint == first
+    changes = [
+        lambda: (folder / "cat").rename(folder / "elk"),  # another order of the classes
+        lambda: (folder / "dog" / "0.png").rename(folder / "dog" / "9.png"),
+        lambda: (folder / "dog" / "9.png").rename(folder / "elk" / "9.png") and fill(folder, "dog/x.png"),
+        lambda: fill(folder, "dog/new.png"),
+        lambda: fill(folder, "dog/new.png", picture=png(GREY, dpi=(72, 72))),
+    ]
+    seen = [first]
+    for change in changes:
+        change()
+        seen.append(image_dataset(folder).fingerprint)
+    assert all(one != other for index, one in enumerate(seen) for other in seen[:index])
+    assert image_dataset(folder, "train[:2]").fingerprint["num_images"] == 2
+
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    (tmp_path / "hub").mkdir()
+    columns = {"image": [Image.fromarray(GREY)] * 2, "label": [0, 1]}
+    write_hub_layout(tmp_path / "hub", features, train=columns, test=columns | {"label": [1, 0]})
+    train, test = (image_dataset(tmp_path / "hub", split) for split in ("train", "test"))
+    monkeypatch.setattr(ImageDataset, "_decode", None)  # no picture is decoded
+    assert train.fingerprint["files"] is None and train.fingerprint["labels"] != test.fingerprint["labels"]
+
+
+# Pictures in memory
+
+
+def test_from_tensors(make_pixels):
+    images = torch.from_numpy(make_pixels(4, 3, 5, 6))
+    plain = ImageDataset.from_tensors(images)
+    assert (len(plain), plain.shape, plain.id2label) == (4, (3, 5, 6), None)
+    assert torch.equal(plain.stack()[0], images) and plain.stack()[1] is None
+    assert plain[2].keys() == {"images"} and torch.equal(plain[2]["images"], to_model_range(images[2]))
+    assert np.array_equal(plain.pixels(3), images[3])
+    expected = {"split": None, "num_images": 4, "classes": None, "labels": None, "shape": [3, 5, 6], "files": None}
+    assert plain.fingerprint == expected
+
+    labels = torch.tensor([0, 2, 1, 2])
+    numbered = ImageDataset.from_tensors(images, labels)
+    assert numbered.id2label == {0: "0", 1: "1", 2: "2"}
+    assert numbered[1]["class_labels"] == 2 and type(numbered[1]["class_labels"]) is int
+    assert torch.equal(numbered.stack()[1], labels)
+    named = ImageDataset.from_tensors(images, labels, {1: "b", 0: "a", 2: "c", 3: "d"})
+    assert named.fingerprint["classes"] == ["a", "b", "c", "d"]
+    assert named.fingerprint["labels"] == numbered.fingerprint["labels"] != None  # noqa: E711
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "id2label", "text"),
+    [
+        (torch.zeros(2, 1, 4, 4), None, None, "torch.float32 of (2, 1, 4, 4)"),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), None, None, "(N, C, H, W)"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), None, None, "C = 1 or 3"),
+        (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), None, None, "(0, 1, 4, 4)"),
+        (None, torch.zeros(3, dtype=torch.int64), None, "2 class indices"),
+        (None, torch.zeros(2), None, "torch.float32"),
+        (None, torch.tensor([True, False]), None, "torch.bool"),
+        (None, torch.tensor([0, -1]), None, "class_labels[1] is -1"),
+        (None, torch.tensor([0, 2]), {0: "a", 1: "b"}, "class_labels[1] is 2, which id2label does not name"),
+        (None, torch.tensor([0, 1]), {0: "a", 2: "c"}, "class_labels[1] is 1"),
+        (None, None, {0: "a"}, "class_labels is None"),
+    ],
+)
+def test_from_tensors_that_do_not_fit(images, labels, id2label, text):
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8) if images is None else images
+    with pytest.raises(ValueError) as error:
+        ImageDataset.from_tensors(images, labels, id2label)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_from_tensors_of_another_type():
+    with pytest.raises(TypeError, match="ndarray"):
+        ImageDataset.from_tensors(np.zeros((2, 1, 4, 4), dtype=np.uint8))
 
 
 # What cannot be read
@@ -340,3 +707,21 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch, capfd):
     assert "Retrying" not in "".join(capfd.readouterr())
     assert datasets.config.HF_HUB_OFFLINE is was_offline
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_without_the_package_datasets(tmp_path, monkeypatch):
+    write(tmp_path, GREY)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'mini-ddpm\[train\]'"):
+        image_dataset(tmp_path)
+
+
+def test_path_in_a_row_that_is_a_pipe(tmp_path):
+    """It is not opened: that would block for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    picture = {"path": str(tmp_path / "pipe.png"), "bytes": None}
+    rows = datasets.Dataset.from_dict(
+        {"image": [picture]}, features=datasets.Features(image=datasets.Image(decode=False))
+    )
+    with pytest.raises(ValueError, match="there is no such file"):
+        ImageDataset(rows, "image", None, None)

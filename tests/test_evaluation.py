@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -298,6 +299,10 @@ def tiny_resnet(folder: Path, seed: int = 0, cls: type = ResNetModel, **config) 
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **config
     )
     network = cls(config).eval()
+    if cls is ResNetForImageClassification:  # about every class is read, whatever the initialization
+        with torch.no_grad():
+            network.classifier[-1].weight.normal_()
+            network.classifier[-1].bias.sub_(network(torch.rand(64, 1, 8, 8).round() * 2 - 1).logits.mean(dim=0))
     network.save_pretrained(folder)
     return network
 
@@ -982,6 +987,70 @@ def test_bad_arguments_are_one_line_and_exit_code_2(parts, tmp_path, capsys, pip
     assert captured.out == "" and lines == captured.err.splitlines()[-1:]
     assert message.format(**where) in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 10**20}, "seed=100000000000000000000 must be at most"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"eta": math.nan}, "eta=nan must be a finite number"),
+        ({"eta": -1.0}, "eta=-1.0 must be at least 0"),
+        ({"num_images": "24"}, "num_images='24' must be a whole number"),
+        ({"num_inference_steps": 5}, "num_inference_steps=5 must be several values"),
+        ({"dtype": "half"}, "dtype='half' must be one of fp32, fp16, bf16"),
+        ({"feature_dtype": "fp16"}, "feature_dtype='fp16' must be one of fp32, bf16"),
+        ({"resolution": 0}, "resolution=0 must be at least 1"),
+        ({"guidance_scale": math.inf}, "guidance_scale=inf must be a finite number"),
+    ],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig("mnist", **changes)
+
+
+def test_paths_of_a_configuration_may_be_strings_and_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = EvaluateConfig(Path("runs/x"), output_dir="~/out", inception="~/f.pt")
+    assert (config.pipeline, config.output_dir) == ("runs/x", Path("/home/someone/out"))
+    assert config.inception == Path("/home/someone/f.pt")
+    with pytest.raises(OSError, match="inception='/home/someone/f.pt': there is no such file"):
+        inception_extractor(file="~/f.pt")
+    with pytest.raises(OSError, match="/home/someone/vit"):
+        transformers_extractor("~/vit")
+
+
+@pytest.mark.parametrize("module", ["torchmetrics", "matplotlib", "transformers", "datasets"])
+def test_a_missing_package_is_one_line_that_names_the_extra(parts, tmp_path, monkeypatch, capsys, module):
+    importlib.import_module("torchmetrics")  # which imports some of the others
+    monkeypatch.setitem(sys.modules, module, None)
+    flags = ["--dataset-name", str(parts / "images"), "--feature-extractor", str(parts / "features")]
+    flags += ["--device", "cpu", "--num-images", "24", "--output-dir", str(tmp_path)]
+    capsys.readouterr()
+    assert mini_ddpm_cli.main(["evaluate", str(parts / "plain"), *flags]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"mini-ddpm: {module} cannot be imported")
+    assert "pip install 'mini-ddpm[eval]'" in last and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@torch.no_grad()
+def test_another_default_dtype_changes_no_figure(tmp_path, dtype):
+    tiny_resnet(tmp_path)
+    images = random_images(40, 1, 8, 8)
+
+    def run():
+        features = transformers_extractor(str(tmp_path)).run(images)
+        figures = compare_features(features[:20], features[20:])
+        return {**figures, "memorization": memorization(images[:20], images[20:], pixel_radii(images[20:]))}
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        assert run() == pytest.approx(expected, rel=1e-4)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("open_network", ["transformers_extractor({!r})", "load_classifier({!r}, None, 'cpu')"])

@@ -3,16 +3,21 @@
 The real client runs in a process of its own, with its own cache, against the loopback Hub of `conftest.py`.
 """
 
+import hashlib
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import venv
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import READ_TOKEN, TOKEN
@@ -20,7 +25,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, errors
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_remote_code import DIGITS, PRELUDE, commit, draw
+from test_remote_code import DIGITS, PRELUDE, commit, draw, unet_of_diffusers
 
 import mini_ddpm
 import mini_ddpm_cli
@@ -31,11 +36,12 @@ from mini_ddpm import (
     MiniDDPMPipeline,
     MiniDDPMScheduler,
 )
+from mini_ddpm.files import atomic_write
 from mini_ddpm.hub.card import is_rendered, render_card
 from mini_ddpm.hub.errors import HTTPError, explain_hub_errors
 from mini_ddpm.hub.facts import read_facts, refuse_links_to_elsewhere
 from mini_ddpm.hub.publish import replacement_key, staged_pipeline
-from mini_ddpm.pipelines.portable import CARD
+from mini_ddpm.pipelines.portable import CARD, write_checksums
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = "[More Information Needed]"
@@ -184,6 +190,9 @@ def test_a_card_that_a_person_edited_is_kept(run_folder, tmp_path):
     assert card.read_text() == edited
     mini_ddpm.load_pipeline(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert (tmp_path / "b/README.md").read_text() == edited
+    card.write_bytes("Meine Häuser".encode("latin-1"))  # of a person too
+    pipe.save_pretrained(tmp_path / "a")
+    assert card.read_bytes() == "Meine Häuser".encode("latin-1")
     card.write_bytes(ours.replace("\n", "\r\n").encode())  # a checkout on Windows is no edit
     pipe.save_pretrained(tmp_path / "a")
     assert card.read_bytes() == ours.encode()
@@ -288,7 +297,13 @@ def test_facts_of_a_training_run(run_folder, tmp_path, monkeypatch, config, expe
     (tmp_path / "runs/here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (folder / "train_config.json").write_text(json.dumps(config))
-    for log in (None, "", '{"step": 10, "epo'):  # a run that was killed left no log, an empty one or half a line
+    for log in (
+        None,
+        "",
+        '{"step": 10, "epo',
+        '{"step": 0}',
+        "null",
+    ):  # a run that was killed left no log, an empty one or half a line
         (folder / "train_log.jsonl").unlink(missing_ok=True)
         if log is not None:
             (folder / "train_log.jsonl").write_text(log)
@@ -300,6 +315,21 @@ def test_facts_of_a_training_run(run_folder, tmp_path, monkeypatch, config, expe
     [
         ("evaluation.json", "{}", "must hold a JSON list"),
         ("evaluation.json", '[{"metric": "fid"}]', "record 0 needs a `metric`"),
+        ("evaluation.json", '[{"metric": "fid", "value": 1}, 5]', "record 1 needs a `metric`"),
+        ("evaluation.json", "[null]", "record 0 needs a `metric`"),
+        ("evaluation.json", '[5, {"protocol": 1}]', "record 0 needs a `metric`"),
+        ("evaluation.json", '[{"protocol": {}, "images": "generated"}]', "record 0 needs a `metric`"),
+        ("evaluation.json", '[{"metric": "fid", "value": 1, "num_images": "many"}]', "record 0 needs a `metric`"),
+        ("evaluation.json", '[{"metric": "fid", "value": 1, "guidance_interval": 1}]', "record 0 needs a `metric`"),
+        ("facts.json", '{"training": []}', "`training` must be an object"),
+        ("facts.json", '{"training": {"steps": "many"}}', "`steps` in `training` must be a number"),
+        ("facts.json", '{"limitations": "None."}', "`limitations` must be a list of texts"),
+        ("facts.json", '{"license": 1}', "`license` must be a text"),
+        ("facts.json", '{"evaluation": [1]}', "record 0 needs a `metric`"),
+        ("facts.json", "[" * 100_000, "is not valid JSON"),
+        ("model_index.json", "{}", "`_class_name` must name a class"),
+        ("unet/config.json", '{"in_channels": []}', "`in_channels` has a value of the wrong type"),
+        ("unet/config.json", '{"sample_size": [1, 2, 3]}', "`sample_size` has a value of the wrong type"),
         ("facts.json", "{", "is not valid JSON"),
         ("facts.json", "[]", "must hold a JSON object"),
     ],
@@ -309,6 +339,75 @@ def test_facts_that_cannot_be_read(run_folder, tmp_path, name, content, message)
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}:? .*{re.escape(message)}"):
         read_facts(folder)
+
+
+def test_half_a_line_of_the_log_leaves_the_facts_of_the_whole_ones(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    expected = read_facts(folder)["training"]
+    assert expected["steps"] == 20
+    for rest in (b'{"step": 30, "epo', b'{"step": 30}\n', b"\xff\xfe", b"[" * 5000, b"null\n7\n"):
+        (folder / "train_log.jsonl").write_bytes((run_folder / "train_log.jsonl").read_bytes() + rest)
+        assert read_facts(folder)["training"] == expected
+
+
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+
+
+def test_classes_are_listed_by_label(tiny_unet, tmp_path):
+    """JSON sorts the label 10 before 2."""
+    pipe = MiniDDPMClassConditionalPipeline(
+        tiny_unet(num_class_embeds=13), MiniDDPMScheduler(), dict(enumerate(MONTHS))
+    )
+    pipe.save_pretrained(tmp_path)
+    assert f"| Classes | {', '.join(MONTHS)} |" in (tmp_path / "README.md").read_text()
+
+
+HOSTILE = [
+    "a|b",
+    "first\n| second |\n\n## Third",
+    "`code` and ```fence",
+    "<script>alert(1)</script><!-- x",
+    "--- \n---\n",
+    "\ud800",
+    "*bold* [link](javascript:x) _em_ \\ &lt;",
+    "key: value # {x}",
+    "a\u2028b\x00\r",
+    "x" * 10_000,
+    '")\nimport os  #',
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_do_not_break_the_card(run_folder, tmp_path, name):
+    """As the name of a class, a repository, a data set, a metric and a setting, one by one and all at once."""
+    facts = json.loads(json.dumps(read_facts(run_folder)))
+    plain = render_card(facts | {"repo_id": "user/x", "revision": "0" * 40})
+    facts["model"]["labels"] = ["zero", name, "two"]
+    facts["training"] |= {"dataset": name, "split": name, "note": name, name: 1}
+    for record in facts["evaluation"]:
+        record |= {"dataset": name, "name": name, "note": name}
+    card = render_card(facts | {"repo_id": name, "revision": name, "license": name})
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert sections(card) == sections(plain)
+    assert is_rendered(tmp_path / "README.md")
+    # The metadata are whole, and so are the tables: as many rows and columns as before.
+    data = ModelCard(card).data
+    assert len(data.eval_results) == 3 and data.library_name == "diffusers" and len(data.datasets) <= 1
+
+    def shape(text):
+        body = text.split("\n---\n", 1)[1]
+        return [len(re.findall(r"(?<!\\)\|", line)) for line in body.splitlines() if line.startswith("|")]
+
+    assert shape(card) == shape(plain) and max(map(len, card.splitlines())) < 8000
+    blocks = re.findall(r"^```python\n(.*?)^```$", card, flags=re.S | re.M)
+    assert len(blocks) == 2 == card.count("\n```python\n") and card.count("\n```\n") == 2
+    for block in blocks:
+        compile(block, "card", "exec")
+        assert not re.search(r"^import os", block, flags=re.M)
+    outside = re.sub(
+        r"(`+).*?\1", "", card.split("\n---\n", 1)[1].rpartition("<!-- mini-ddpm rendered")[0], flags=re.S
+    )
+    assert "<script" not in outside and "<!--" not in outside
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in sorted(PRETRAINED.glob("*/model_index.json"))])
@@ -432,6 +531,325 @@ def test_weights_of_the_requested_variant_are_checked(run_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.safetensors is truncated or corrupt"):
         mini_ddpm.load_pipeline(folder, variant="fp16")
+
+
+# ---- Damaged and hostile folders ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seconds(limit):
+    """Fail if the block hangs or takes longer."""
+
+    def stop(*_):
+        pytest.fail(f"it took more than {limit} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(limit)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def set_keys(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+NAN = float("nan")
+UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "values"),
+    [
+        (UNET, "norm_eps", [NAN, float("inf"), -1e-5, 0, 2, "1e-5", True, None, [1e-5]]),
+        (UNET, "attention_head_dim", [0, -8, 8.0, "8", 5, True, 10**12, None]),
+        (UNET, "layers_per_block", [0, -1, 1.0, 10**6, 10**30, "1", [1, 1], None]),
+        (UNET, "block_out_channels", [[], 8, [8, 16] * 5000, [8, 10**9], [8.0, 16], [True, 16], [0, 16], {}, "ab"]),
+        (UNET, "down_block_types", ["DownBlock2D", [], ["DownBlock2D"] * 10_000, [1, 2], [["x"], "x"], None]),
+        (UNET, "sample_size", [0, -1, 10**12, "8", [8], [8, 8, 8], [8, NAN], 8.5, {}]),
+        (UNET, "in_channels", [0, 10**9, "1", True]),
+        (UNET, "patch_size", [0, 10**9, 2.0, NAN]),
+        (UNET, "head_channels", [-1, 10**9, "0", None, False]),
+        (UNET, "norm_num_groups", [0, -4, 10**9, 3]),
+        (UNET, "num_class_embeds", [0, 1, 10**12, "11", 11.0, True]),
+        (UNET, "dropout", [-0.1, 1, NAN, "0"]),
+        (UNET, "add_attention", [0, 1, "true", None]),
+        (UNET, "_class_name", ["UNet2DModel", 1, None, ["MiniUNet2DModel"]]),
+        (UNET, "_diffusers_version", [1, None]),
+        (UNET, "auto_map", [1, "x"]),
+        (SCHEDULER, "num_train_timesteps", [0, -1, 10**7, 10**12, 10**30, 1000.0, "1000", True, None]),
+        (SCHEDULER, "beta_start", [NAN, -1, 0, 2, "0.1", None]),
+        (SCHEDULER, "beta_end", [float("inf"), -1, 0, 2, True]),
+        (SCHEDULER, "trained_betas", [[0.1], [NAN] * 1000, "x", [2.0] * 1000, [[0.1]] * 1000, ["0.1"] * 1000, 1]),
+        (SCHEDULER, "beta_schedule", ["cosine", 1, None, ["linear"]]),
+        (SCHEDULER, "prediction_type", ["v", None, 0]),
+        (SCHEDULER, "timestep_spacing", ["", 1, {}]),
+        (SCHEDULER, "variance_type", ["large", 1, ["learned"]]),
+        (SCHEDULER, "clip_sample", ["NaN", 1, 0, None, NAN]),
+        (SCHEDULER, "thresholding", ["false", 1, None]),
+        (SCHEDULER, "rescale_betas_zero_snr", ["NaN", 1, "", []]),
+        (SCHEDULER, "clip_sample_range", [NAN, -1.0, 0, 1e9, "1", True, None]),
+        (SCHEDULER, "sample_max_value", [NAN, -1.0, 1e300, None]),
+        (SCHEDULER, "dynamic_thresholding_ratio", [NAN, -0.1, 1.1, "1"]),
+        (SCHEDULER, "steps_offset", [-1, 0.5, 10**12, None]),
+        (SCHEDULER, "_use_default_values", [1, [1], None, "x"]),
+        (INDEX, "default_num_inference_steps", [0, -4, 4.0, "4", True, 10**12, 1001, NAN]),
+        (INDEX, "default_guidance_scale", [0, -1, NAN, float("inf"), "1", True, 1e9]),
+        (INDEX, "black_level", [-1, 256, 1.0, "0", True, 255]),
+        (INDEX, "white_level", [0, 256, 253.0, NAN]),
+        (INDEX, "id2label", [[], 1, {"a": "x"}, {"1.0": "x"}, {"-1": "x"}, {"0": 1}, {"0": None}, {"99": "x"}, "x"]),
+        (INDEX, "unet", [None, 1, [], ["diffusers"], [None, None], ["diffusers", "DDPMScheduler"], {}, "diffusers",
+                         ["diffusers", "ModelMixin", "x"], ["diffusers", ["UNet2DModel"]]]),
+        (INDEX, "scheduler", [["diffusers", "UNet2DModel"], ["diffusers", "utils"], ["diffusers", "FlaxDDIM"]]),
+        (INDEX, "_class_name", [None, 1, "MiniUNet2DModel", "utils", ["pipeline_mini_ddpm", "x"], {}, "x" * 10_000]),
+        (INDEX, "_weights_sha256", [1, [], {"unet/diffusion_pytorch_model.safetensors": 1}, None, "x"]),
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_type_or_out_of_range(run_folder, tmp_path, file, key, values):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    before = (folder / file).read_text()
+    for value in values:
+        set_keys(folder / file, **{key: value})
+        with pytest.raises(ValueError) as raised, seconds(5):
+            mini_ddpm.load_pipeline(folder)
+        message = str(raised.value)
+        what = {"unet": "'unet'", "_class_name": "class", "scheduler": "'scheduler'"}.get(key, key)
+        assert str(folder / file) in message and what in message and "\n" not in message, (value, message)
+        assert len(message) < 1500
+        (folder / file).write_text(before)
+    mini_ddpm.load_pipeline(folder)
+
+
+def test_the_class_of_the_index_must_be_that_of_the_configuration(run_folder, tmp_path):
+    """diffusers would convert the configuration, and take its own defaults for the rest."""
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    set_keys(folder / INDEX, scheduler=["diffusers", "DDPMScheduler"])
+    with pytest.raises(
+        ValueError, match="scheduler_config.json: `_class_name` must be DDPMScheduler, as in the index"
+    ):
+        mini_ddpm.load_pipeline(folder)
+
+
+def test_bounds_hold_for_networks_of_diffusers(tmp_path):
+    MiniDDPMPipeline(unet_of_diffusers(), MiniDDIMScheduler()).save_pretrained(tmp_path)
+    before = (tmp_path / UNET).read_text()
+    for key, value in (
+        ("layers_per_block", 10**6), ("block_out_channels", [4] * 1000), ("down_block_types", ["DownBlock2D"] * 1000),
+        ("norm_eps", NAN), ("dropout", "NaN"), ("add_attention", "NaN"), ("time_embedding_dim", 10**12),
+        ("down_block_types", ["NoBlock", "DownBlock2D"]), ("act_fn", "no"), ("norm_num_groups", 0),
+    ):  # fmt: skip
+        set_keys(tmp_path / UNET, **{key: value})
+        with pytest.raises(ValueError) as raised, seconds(5):
+            mini_ddpm.load_pipeline(tmp_path)
+        assert str(tmp_path / UNET) in str(raised.value) and "\n" not in str(raised.value)
+    (tmp_path / UNET).write_text(before)
+    assert type(mini_ddpm.load_pipeline(tmp_path).unet).__name__ == "UNet2DModel"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of their own
+@pytest.mark.parametrize(
+    "name", [c.__name__ for c in MiniDDIMScheduler()._get_compatibles() if "EDM" not in c.__name__]
+)
+def test_schedulers_of_diffusers_open_as_before(run_folder, tmp_path, name):
+    """Their own values fit their annotations, also -inf and those that are annotated wrongly."""
+    pipe = mini_ddpm.load_pipeline(run_folder)
+    if not isinstance(getattr(diffusers, name), type) or "Dummy" in str(type(getattr(diffusers, name))):
+        pytest.skip("needs a library that is not installed")
+    try:
+        theirs = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    except (ImportError, TypeError, NotImplementedError) as error:
+        pytest.skip(str(error))
+    for scheduler in (theirs, MiniDDIMScheduler.from_config(theirs.config)):
+        pipe.scheduler = scheduler
+        pipe.save_pretrained(tmp_path)
+        assert type(mini_ddpm.load_pipeline(tmp_path).scheduler) is type(scheduler)
+    set_keys(tmp_path / SCHEDULER, num_train_timesteps=10**12)
+    with pytest.raises(ValueError, match="num_train_timesteps"), seconds(5):
+        mini_ddpm.load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["fifo", "folder", "nowhere", "itself", "device"])
+@pytest.mark.parametrize("name", [INDEX, UNET, SCHEDULER, "unet/diffusion_pytorch_model.safetensors"])
+def test_nothing_but_regular_files_is_opened(run_folder, tmp_path, name, how):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    file = folder / name
+    file.unlink()
+    {
+        "fifo": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+        "nowhere": lambda: file.symlink_to("nowhere"),
+        "itself": lambda: file.symlink_to(file.name),
+        "device": lambda: file.symlink_to("/dev/zero"),
+    }[how]()
+    for call in (mini_ddpm.load_pipeline, lambda folder: staged_pipeline(folder).__enter__(), read_facts):
+        if call is read_facts and (name.endswith(".safetensors") or how == "device"):
+            continue  # facts without weights; a link out of the folder
+        with pytest.raises((OSError, ValueError)) as raised, seconds(5):
+            call(folder)
+        assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["facts.json", "evaluation.json", "train_log.jsonl", "train_config.json", "README.md", "samples.png",
+     "samples/epoch-0003.png", "unet/extra.json", "unet/diffusion_pytorch_model.fp16.safetensors",
+     "unet/diffusion_pytorch_model.safetensors.index.json"],
+)  # fmt: skip
+def test_other_files_that_would_block_are_left_alone(run_folder, tmp_path, name):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with seconds(10):
+        if name.endswith("index.json"):
+            with pytest.raises(OSError, match=re.escape(name.rpartition("/")[2])):
+                mini_ddpm.load_pipeline(folder)
+            return
+        pipe = mini_ddpm.load_pipeline(folder)
+        read_facts(folder)
+        with staged_pipeline(folder) as staged:
+            assert not any(path.is_fifo() for path in staged.rglob("*"))
+        pipe.save_pretrained(tmp_path / "again")
+
+
+def test_json_that_is_too_large_or_too_deep(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    for name in (INDEX, UNET, SCHEDULER):
+        before = (folder / name).read_bytes()
+        for content in (b"{" + b" " * 20_000_000 + b"}", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"\xff"):
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=re.escape(str(folder / name))), seconds(5):
+                mini_ddpm.load_pipeline(folder)
+        (folder / name).write_bytes(before)
+
+
+def test_shards_must_be_those_of_the_folder(run_folder, tmp_path):
+    folder = tmp_path / "x"
+    mini_ddpm.load_pipeline(run_folder).save_pretrained(folder, max_shard_size="20KB")
+    expected = draw(mini_ddpm.load_pipeline(run_folder))
+    assert draw(mini_ddpm.load_pipeline(folder)) == expected
+    file = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    key, other = next(iter(index["weight_map"])), sorted(set(index["weight_map"].values()))[-1]
+    for content in (
+        {}, {"metadata": {}}, {"metadata": 1, "weight_map": index["weight_map"]}, {**index, "weight_map": {}},
+        {**index, "weight_map": {**index["weight_map"], key: "../../x"}},
+        {**index, "weight_map": {**index["weight_map"], key: "/etc/passwd"}},
+        {**index, "weight_map": {**index["weight_map"], key: 1}},
+        {**index, "weight_map": {**index["weight_map"], key: other}},
+    ):  # fmt: skip
+        file.write_text(json.dumps(content))
+        with pytest.raises((OSError, ValueError), match=re.escape(str(folder / "unet"))):
+            mini_ddpm.load_pipeline(folder)
+    file.unlink()
+    with pytest.raises(OSError, match="has no weights"):
+        mini_ddpm.load_pipeline(folder)
+
+
+def flip(file, at=-1):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_changed_byte_of_the_weights_is_found(run_folder, tmp_path):
+    """In each variant and each shard; the same weights have the same checksums."""
+    pipe = mini_ddpm.load_pipeline(run_folder)
+    for folder in (tmp_path / "x", tmp_path / "y"):
+        pipe.save_pretrained(folder)
+        pipe.save_pretrained(folder, variant="cut", max_shard_size="20KB")
+    assert (tmp_path / "x" / INDEX).read_bytes() == (tmp_path / "y" / INDEX).read_bytes()
+    folder = tmp_path / "x"
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(files) > 3 and len(json.loads((folder / INDEX).read_text())["_weights_sha256"]) == len(files)
+    for file in files:
+        variant = "cut" if ".cut" in file.name else None
+        before = file.read_bytes()
+        for at in (-1, -1000, 8 + before[8:].index(b"F32") + 1, 40):
+            flip(file, at)
+            with pytest.raises(ValueError, match=re.escape(str(file))) as raised:
+                mini_ddpm.load_pipeline(folder, variant=variant)
+            assert "\n" not in str(raised.value)
+            file.write_bytes(before)
+        flip(file)
+        with pytest.raises(ValueError, match=re.escape(file.name)), staged_pipeline(folder):
+            pass  # a push checks all variants
+        file.write_bytes(before)
+        mini_ddpm.load_pipeline(folder, variant=variant)
+
+
+def test_weights_that_another_tool_saved(run_folder, tmp_path):
+    """A checksum that is not theirs is an error that says what to do. A folder without any opens as before."""
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    pipe = mini_ddpm.load_pipeline(folder)
+    torch.nn.init.ones_(pipe.unet.conv_out.bias)
+    pipe.unet.save_pretrained(folder / "unet")
+    message = "Download or save it again. If the change is wanted, remove `_weights_sha256` from model_index.json."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mini_ddpm.load_pipeline(folder)
+    index = json.loads((folder / INDEX).read_text())
+    index.pop("_weights_sha256")
+    (folder / INDEX).write_text(json.dumps(index))
+    assert draw(mini_ddpm.load_pipeline(folder)) == draw(pipe)
+    write_checksums(folder)
+    assert draw(mini_ddpm.load_pipeline(folder)) == draw(pipe)
+    flip(folder / "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="was changed or damaged after it was saved"):
+        mini_ddpm.load_pipeline(folder)
+
+
+def test_integer_weights_are_refused(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    save_file({key: tensor.to(torch.int32) for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="is stored as I32"):
+        mini_ddpm.load_pipeline(folder)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(run_folder, tmp_path, umask):
+    """safetensors writes its files for their owner alone, so another account could not open the pipeline."""
+    before = os.umask(umask)
+    try:
+        pipe = mini_ddpm.load_pipeline(run_folder)
+        pipe.save_pretrained(tmp_path / "x")
+        pipe.save_pretrained(tmp_path / "x", variant="cut", max_shard_size="20KB")
+        with staged_pipeline(tmp_path / "x") as staged:
+            shutil.copytree(staged, tmp_path / "y")
+        with atomic_write(tmp_path / "z", folder=True) as folder, atomic_write(tmp_path / "w.safetensors") as file:
+            for path in (folder / "a.safetensors", file):
+                save_file({"a": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+
+
+def test_other_exceptions_become_one_line(run_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(run_folder, tmp_path / "x")
+    for error, kind in (
+        (KeyError("a"), ValueError), (AttributeError("a\nb"), ValueError), (RecursionError(), ValueError),
+        (ImportError("a"), ValueError), (EOFError(), ValueError), (ZeroDivisionError("a"), ValueError),
+        (ValueError("a\nb"), ValueError), (OSError("a\nb"), OSError), (PermissionError(13, "no"), OSError),
+    ):  # fmt: skip
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+        with pytest.raises(kind, match=re.escape(f"{folder} cannot be opened: ")) as raised:
+            mini_ddpm.load_pipeline(folder)
+        assert "\n" not in str(raised.value) and raised.value.__cause__ is error
+
+
+def test_the_home_folder_is_expanded(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(run_folder, tmp_path / "mine")
+    assert draw(mini_ddpm.load_pipeline("~/mine")) == draw(mini_ddpm.load_pipeline(run_folder))
+    with staged_pipeline("~/mine"):
+        pass
 
 
 # ---- Push and pull through every door -----------------------------------------------------------------------------
@@ -888,6 +1306,7 @@ def test_interrupted_and_damaged_transfers(run_folder, loopback_hub, fresh_proce
 import shutil
 from pathlib import Path
 from mini_ddpm import *
+from mini_ddpm.files import atomic_write
 from mini_ddpm.hub.card import render_card
 from mini_ddpm.hub.facts import read_facts, refuse_links_to_elsewhere
 from mini_ddpm.hub.publish import staged_pipeline
@@ -963,6 +1382,62 @@ print(json.dumps(out))
     assert result["verify"][0] == 2
     assert f"user/broken: {weights}: the cached copy is corrupt and has been deleted." in result["verify"][1]
     assert result["sample"][0] == 0 and result["verify again"][0] == 0
+
+
+def test_a_second_push_names_the_commit_that_the_first_could_not(run_folder, loopback_hub, fresh_process):
+    """The card follows in a second commit. If that fails, the card names the weights of an earlier push."""
+    loopback_hub.messages.clear()
+    run = fresh_process(
+        PRELUDE
+        + CATCH
+        + f"""
+from mini_ddpm import *
+from huggingface_hub import HfApi
+api = HfApi()
+def card():
+    return open(api.hf_hub_download("user/repair", "README.md")).read()
+pipe = load_pipeline({str(run_folder)!r})
+out["first"] = pipe.push_to_hub("user/repair").oid
+torch.nn.init.ones_(pipe.unet.conv_out.bias)
+# The first commit gets through; the second, which holds the card alone, does not.
+create_commit = HfApi.create_commit
+def create(self, *arguments, **options):
+    if "model card" in options["commit_message"]:
+        raise OSError("the connection was lost")
+    return create_commit(self, *arguments, **options)
+HfApi.create_commit = create
+catch("lost", pipe.push_to_hub, "user/repair")
+HfApi.create_commit = create_commit
+out["sha"], out["stale"] = api.model_info("user/repair").sha, card()
+out["again"] = pipe.push_to_hub("user/repair").oid
+out["repaired"] = card()
+before = api.model_info("user/repair").sha
+pipe.push_to_hub("user/repair")
+out["unchanged"] = before == api.model_info("user/repair").sha
+print(json.dumps(out))
+"""
+    )
+    result = run.result
+    assert result["lost"][0].endswith("does not name the new commit: the connection was lost. Push again.")
+    assert f'revision="{result["first"]}"' in result["stale"] and result["again"] == result["sha"] != result["first"]
+    assert f'revision="{result["sha"]}"' in result["repaired"] and result["unchanged"]
+    assert loopback_hub.messages.count("Name the commit to load in the model card") == 2
+
+
+def test_checksums_of_other_variants_stay_in_a_repository(run_folder, loopback_hub, fresh_process):
+    fresh_process(
+        PRELUDE
+        + f"""
+from mini_ddpm import *
+load_pipeline({str(run_folder)!r}).push_to_hub("user/sums")
+load_pipeline({str(run_folder)!r}, dtype=torch.float16).push_to_hub("user/sums", variant="fp16")
+load_pipeline("user/sums")
+load_pipeline("user/sums", variant="fp16")
+"""
+    )
+    files = loopback_hub.files("user/sums")
+    weights = {name: hashlib.sha256(files[name]).hexdigest() for name in files if name.endswith(".safetensors")}
+    assert len(weights) == 2 and json.loads(files["model_index.json"])["_weights_sha256"] == weights
 
 
 def test_no_network(run_folder, fresh_process):

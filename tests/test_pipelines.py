@@ -23,7 +23,7 @@ from mini_ddpm import (
     MiniDDPMScheduler,
     load_pipeline,
 )
-from mini_ddpm.pipelines.pipeline_base import predict_x0
+from mini_ddpm.pipelines.pipeline_base import default_steps, predict_x0
 
 DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
@@ -492,6 +492,180 @@ def test_bad_arguments(plain, labelled, arguments, message):
         with pytest.raises(ValueError, match=message) as raised:
             call(**arguments)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, .* but is or holds 0"),
+        ({"generator": [torch.Generator(), 1]}, "holds 1"),
+        ({"generator": "cuda"}, "'cuda'"),
+        ({"latents": torch.full((2, 1, 8, 8), float("nan"))}, "`latents` must be finite"),
+        ({"latents": torch.full((2, 1, 8, 8), float("inf"))}, "`latents` must be finite"),
+        (
+            {"latents": torch.zeros(2, 1, 8, 8, dtype=torch.int64)},
+            "`latents` must be a tensor of floats, but is torch.int64",
+        ),
+        ({"latents": np.zeros((2, 1, 8, 8))}, "`latents` must be a tensor of floats, but is ndarray"),
+        ({"eta": float("nan")}, "`eta` must be a number"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be a function, but is 3"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list, but is 'latents'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(plain, labelled, arguments, message):
+    test_bad_arguments(plain, labelled, arguments, message)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_generator_on_another_device_is_refused(plain):
+    elsewhere = torch.Generator("cuda")
+    for generator in (elsewhere, [elsewhere, torch.Generator()]):
+        with pytest.raises(ValueError, match="`generator` is on .*cuda:0.*, but must be on the CPU"):
+            plain(2, generator=generator)
+    expected = plain(2, generator=seeds(0, 1), num_inference_steps=2, output_type="np").images
+    plain.to("cuda")
+    on_gpu = plain(2, generator=seeds(0, 1), num_inference_steps=2, output_type="np").images
+    np.testing.assert_allclose(on_gpu, expected, atol=1e-2)
+    plain(1, generator=elsewhere, num_inference_steps=2)
+
+
+@pytest.mark.parametrize("name", ["seed", "manual_seed", "steps", "class_label"])
+def test_an_unknown_argument_is_one_line(plain, labelled, name):
+    expected = r"generator=torch.Generator\(\).manual_seed\(0\)" if "seed" in name else "num_inference_steps, eta"
+    for call in (lambda **kwargs: plain(2, **kwargs), lambda **kwargs: labelled([1, 2], **kwargs)):
+        with pytest.raises(TypeError, match=f"no argument `{name}`.*{expected}") as raised:
+            call(**{name: 0})
+        assert "\n" not in str(raised.value)
+
+
+def test_the_default_steps_are_at_most_those_trained_on(tiny_unet):
+    scheduler = MiniDDIMScheduler(num_train_timesteps=10)
+    for changes, steps in (
+        ({}, 10),
+        ({"default_num_inference_steps": 50}, 10),
+        ({"default_num_inference_steps": 4}, 4),
+    ):
+        pipe = quiet(MiniDDPMPipeline(tiny_unet(), scheduler, **changes))
+        pipe(1)
+        assert pipe.num_timesteps == default_steps(pipe) == steps
+    with pytest.raises(ValueError, match="at most 10, .* but is 20"):
+        pipe(1, num_inference_steps=20)
+
+
+@pytest.mark.parametrize("id2label", ["ab", ["a", "b"], {"cat": 0}, {-1: "cat"}, {1.5: "cat"}])
+def test_bad_names_of_classes(tiny_unet, id2label):
+    with pytest.raises(ValueError, match="`id2label` must be a dict of names by label, "):
+        MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDIMScheduler(), id2label)
+    with pytest.raises(ValueError, match=r"`default_num_inference_steps` must be a whole number, but is 2.5"):
+        MiniDDPMPipeline(tiny_unet(), MiniDDIMScheduler(), default_num_inference_steps=2.5)
+
+
+# ---- NaN, and other float types -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("scheduler", [MiniDDIMScheduler, MiniDDPMScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_nan_ends_in_an_error_and_not_in_black_images(plain, scheduler, output_type):
+    plain.scheduler = scheduler()
+
+    def spoil(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] * (float("nan") if i == 1 else 1)}
+
+    with pytest.raises(ValueError, match=r"became NaN or infinite .*float32.*step 3 of 3.*`callback_on_step_end`"):
+        plain(2, num_inference_steps=3, callback_on_step_end=spoil, output_type=output_type)
+    plain.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="became NaN or infinite.*Check the weights") as raised:
+        plain(2, num_inference_steps=3, output_type=output_type)
+    assert "\n" not in str(raised.value) and "callback" not in str(raised.value)
+
+
+def test_infinity_of_the_network_is_not_clipped_away(plain):
+    """In half precision an overflow is infinite, which clipping would make white."""
+    plain.unet.conv_out.bias.data.fill_(70_000)
+    plain.to(torch.float16)
+    plain.scheduler = MiniDDIMScheduler(prediction_type="sample")
+    with pytest.raises(ValueError, match="a network in float16.* float16 overflows: use bfloat16 or float32"):
+        plain(2, num_inference_steps=3, output_type="np")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([], "must return a dict of new tensors or None, but returned a list"),
+        (torch.zeros(2, 1, 8, 8), "but returned a Tensor"),
+        (True, "but returned a bool"),
+        ({"latent": torch.zeros(2, 1, 8, 8)}, "returned 'latent'. It may return latents"),
+        ({"latents": None}, "`latents` that `callback_on_step_end` returned must be a tensor of floats"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, r"must have the shape \(2, 1, 8, 8\), but has \(1, 1, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "tensor of floats, but is torch.uint8"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(plain, labelled, changed, message):
+    for call in (lambda **kwargs: plain(2, **kwargs), lambda **kwargs: labelled([1, 2], **kwargs)):
+        with pytest.raises(ValueError, match=message) as raised:
+            call(num_inference_steps=2, callback_on_step_end=lambda *_: changed)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([1, 99]), ValueError, "99 is out of range"),
+        (torch.tensor([-1, 0]), ValueError, "-1 is out of range"),
+        (torch.tensor([1]), ValueError, "returned 1 class labels for 2 images"),
+        (torch.tensor([0.5, 1.0]), TypeError, "0.5"),
+        (None, TypeError, "None"),
+    ],
+)
+def test_labels_of_a_callback_are_checked(labelled, labels, error, message):
+    with pytest.raises(error, match=message):
+        labelled([1, 2], num_inference_steps=2, callback_on_step_end=lambda *_: {"class_labels": labels})
+
+    def spoil(pipe, i, t, tensors):  # in place
+        tensors["class_labels"][0] = 99
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["class_labels"]}
+    with pytest.raises(ValueError, match="99 is out of range"):
+        labelled([1, 2], num_inference_steps=2, callback_on_step_end=spoil, **inputs)
+
+
+def test_latents_of_a_callback_keep_their_type(plain):
+    def images(dtype):
+        def change(pipe, i, t, tensors):
+            return {"latents": torch.full((1, 1, 8, 8), 0.5, dtype=dtype)}
+
+        return plain(1, num_inference_steps=2, callback_on_step_end=change, output_type="latent").images
+
+    assert images(torch.float64).dtype == torch.float32
+    assert torch.equal(images(torch.float64), images(torch.float16))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [MiniDDPMScheduler, MiniDDIMScheduler, diffusers.EulerAncestralDiscreteScheduler, diffusers.DDPMScheduler],
+)
+def test_one_seed_draws_the_same_image_in_double_precision(plain, scheduler):
+    config = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"}
+    plain.scheduler = scheduler(**config, prediction_type="v_prediction")
+    options = {"num_inference_steps": 4, "eta": 1.0, "output_type": "np"}
+    single = plain(2, generator=seeds(0, 1), **options).images
+    plain.to(torch.float64)
+    np.testing.assert_allclose(plain(2, generator=seeds(0, 1), **options).images, single, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_no_image(labelled, folder, dtype):
+    def images(pipe):
+        return quiet(pipe)([3, 4], num_inference_steps=3, generator=seeds(0, 1), output_type="np").images
+
+    expected, loaded = images(labelled), images(load_pipeline(folder))
+    torch.set_default_dtype(dtype)
+    try:
+        assert np.array_equal(images(labelled), expected)
+        assert np.array_equal(images(load_pipeline(folder, dtype=torch.float32)), loaded)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])

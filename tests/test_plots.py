@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from mini_ddpm import MiniDDPMScheduler
+from mini_ddpm import MiniDDPMScheduler, plots
 from mini_ddpm.plots import (
     denoising_film,
     evaluation_curves,
@@ -92,6 +92,56 @@ def test_a_long_label_widens_its_column():
     assert wide.width > sample_grid(images, ["a", "b"], scale=1).width
     length = math.ceil(ImageFont.load_default(size=10).getlength("ankle boot"))
     assert wide.width == GAP + 2 * (length + 3 * GAP + GAP)  # room between two labels
+
+
+LONG = [
+    "American black bear, black bear, Ursus americanus", "golden retriever", "n02085620_Chihuahua", "automobile",
+    *(f"a class with a long name, number {i}" for i in range(13)),
+]  # fmt: skip
+
+
+def test_long_labels_are_wrapped_or_numbered_with_a_legend():
+    images = flat_images(34, size=28)
+    page = sample_grid(images, LONG * 2, columns=17)
+    assert page.width < 17 * 120 and page.width < sample_grid(images, columns=17).width * 2
+    legend = page.info["legend"].splitlines()
+    assert legend == [f"#{i + 1} {name}" for i, name in enumerate(LONG) if i not in (1, 2, 3)]
+    without = sample_grid(images, ["automobile"] * 34, columns=17)
+    assert "legend" not in without.info
+    rows = (np.asarray(page) < 128).any(axis=(1, 2))
+    assert not rows[: without.height].all() and rows[-40:].any()  # the legend is below the grid
+    one = sample_grid(flat_images(1, size=8), ["x" * 100_000], scale=1)
+    assert one.width <= 24 * 10 and one.height < 100
+
+
+def test_a_label_of_one_line_or_two_keeps_clear_of_the_images():
+    names = ["golden retriever", "bag", "n02085620_Chihuahua", *LONG[4:7]]
+    page, plain = (np.asarray(sample_grid(flat_images(6), chosen, columns=3)) for chosen in (names, None))
+    for i in range(6):
+        assert (page == 10 * (i + 1)).all(-1).sum() == (plain == 10 * (i + 1)).all(-1).sum()
+
+
+NAMES = ["猫", "собака", "🐱", "naïve", "line\nbreak", "\ud800", ""]
+
+
+@pytest.mark.parametrize("fallbacks", [plots._FALLBACK_FONTS, ()])
+def test_no_label_is_an_empty_box(monkeypatch, fallbacks):
+    monkeypatch.setattr(plots, "_FALLBACK_FONTS", fallbacks)
+    plots._fonts.cache_clear()
+    captions, legend = plots._captions(NAMES, 18, 108)
+    plots._fonts.cache_clear()
+    for name, (lines, font) in captions.items():
+        assert all(plots._has_glyph(font, character) for line in lines for character in line), name
+    for lines, font in legend.values():
+        assert all(plots._has_glyph(font, character) for line in lines for character in line), lines
+    assert len({(*caption.lines,) for caption in captions.values()}) == len(NAMES)  # told apart
+    assert captions["line\nbreak"].lines == ["line break"]
+    if not fallbacks:
+        assert captions["собака"].lines == ["#2"] and legend["#2 собака"].lines == [
+            "#2 \\u0441\\u043e\\u0431\\u0430\\u043a\\u0430"
+        ]
+    page = sample_grid(flat_images(7), NAMES, columns=7)
+    assert page.height > sample_grid(flat_images(7), columns=7).height
 
 
 def test_labels_touch_no_image():
@@ -228,3 +278,8 @@ def test_curves_show_every_row(monkeypatch):
     others = [{("frechet_distance" if key == "fid" else key): value for key, value in row.items()} for row in rows]
     evaluation_curves(others)
     assert figures[1].axes[0].get_ylabel() == "Fréchet distance"
+
+
+def test_curves_without_a_positive_value():
+    """The axes are logarithmic; matplotlib would warn about a floor of zero."""
+    assert evaluation_curves([{"images": "real", "fid": 0.0}]).size == (1200, 480)

@@ -21,7 +21,7 @@ from mini_ddpm import (
     MiniDDPMScheduler,
     MiniUNet2DModel,
 )
-from mini_ddpm.pipelines.portable import bundle
+from mini_ddpm.pipelines.portable import CHECKSUMS, bundle
 
 DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
@@ -105,6 +105,8 @@ def test_saved_files(saved):
         assert path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     index = json.loads((folder / "labels/model_index.json").read_text())
     assert "_name_or_path" not in index
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert index[CHECKSUMS] == {weights: hashlib.sha256((folder / "labels" / weights).read_bytes()).hexdigest()}
     assert index["_class_name"][1] == "MiniDDPMClassConditionalPipeline"
 
 

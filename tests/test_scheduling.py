@@ -167,6 +167,77 @@ def test_bad_config_is_refused_with_the_allowed_values(cls, name, value):
     assert repr(value) in str(raised.value)
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("beta_start", value) for value in (math.nan, math.inf, 0.0, -0.1, "0.1", None, True)),
+        *(("beta_end", value) for value in (math.nan, -math.inf)),
+        *(("clip_sample_range", value) for value in (math.nan, math.inf, 0.0, "1")),
+        *(("dynamic_thresholding_ratio", value) for value in (math.nan, 0, 1.5)),
+        ("sample_max_value", math.nan),
+        *(("num_train_timesteps", value) for value in (0, 10.5, "1000", True, 10**7, 10**12)),
+        *(("steps_offset", value) for value in (0.5, "1")),
+        *(("trained_betas", value) for value in ([0.1, math.nan], [0.1, 0.0], [0.1, 1.5], [[0.1]], ["a"], 0.1)),
+        *((name, "NaN") for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr")),
+        *(("thresholding", value) for value in (0, None, math.nan)),
+    ],
+)
+def test_values_of_another_type_or_out_of_range_are_refused(cls, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be") as raised:
+        cls(**{name: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_switch_and_a_rescaling_of_one_scheduler_are_checked():
+    with pytest.raises(ValueError, match="`set_alpha_to_one` must be True or False; got 'NaN'"):
+        MiniDDIMScheduler(set_alpha_to_one="NaN")
+    with pytest.raises(ValueError, match="`rescale_betas_zero_snr` gives no finite betas"):
+        MiniDDPMScheduler(num_train_timesteps=1, rescale_betas_zero_snr=True)
+
+
+@BOTH
+@pytest.mark.parametrize("start, end", [(0.0001, 0.002), (0.001, 0.02), (0.01, 0.2), (0.1, 2)])
+def test_the_betas_of_diffusers_own_tests_are_taken(cls, start, end):
+    assert cls(beta_schedule="linear", beta_start=start, beta_end=end).betas.isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
+def test_another_default_dtype_changes_nothing(cls, schedule, dtype):
+    sample, output = tensors(1, 4, 4), tensors(1, 4, 4, seed=1)
+
+    def run():
+        scheduler = cls(beta_schedule=schedule, num_train_timesteps=100, rescale_betas_zero_snr=True)
+        scheduler.set_timesteps(10)
+        kwargs = {"eta": 1.0} if cls is MiniDDIMScheduler else {}
+        step = scheduler.step(output, 49, sample, generator=seeded(), **kwargs)
+        x_t = scheduler.add_noise(sample, output, torch.tensor([3, 5]))
+        return scheduler.betas, scheduler.final_alpha_cumprod, step.prev_sample, step.pred_original_sample, x_t
+
+    expected = run()
+    torch.set_default_dtype(dtype)
+    try:
+        results = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_one_seed_gives_the_same_noise_in_every_dtype(cls, dtype):
+    scheduler, kwargs = cls(), {"eta": 1.0} if cls is MiniDDIMScheduler else {}
+    scheduler.set_timesteps(50)
+
+    def noise(dtype):
+        zeros = torch.zeros(2, 1, 8, 8, dtype=dtype)
+        return scheduler.step(zeros, 499, zeros, generator=seeded(), **kwargs).prev_sample
+
+    torch.testing.assert_close(noise(dtype).float(), noise(torch.float32), rtol=0.01, atol=1e-3)
+
+
 # --- a step, against diffusers ------------------------------------------------------------------------------------
 
 

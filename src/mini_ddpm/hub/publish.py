@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import tempfile
@@ -12,13 +13,23 @@ from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 
 from ..files import write_text
-from ..pipelines.portable import PORTABLE_MODULE
+from ..pipelines.portable import CHECKSUMS, PORTABLE_MODULE
 from .card import is_rendered, render_card, write_card
 from .errors import explain_hub_errors
 from .facts import read_facts, refuse_links_to_elsewhere
-from .load import WEIGHTS_FILE, load_pipeline, local_folder, weights_by_variant
+from .load import (
+    WEIGHTS_FILE,
+    check_checksums,
+    load_pipeline,
+    local_folder,
+    read_checksums,
+    read_json,
+    weights_by_variant,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +59,9 @@ def staged_pipeline(name_or_path: str | Path) -> Iterator[Path]:
         folder = Path(temporary)
         for component in pipe.components:
             for file in (source / component).iterdir():
-                if file.suffix in (".json", ".safetensors") and not file.name.startswith("."):
+                is_ours = file.suffix in (".json", ".safetensors") and not file.name.startswith(".")
+                if is_ours and file.is_file():
+                    check_checksums(source, [file])
                     (folder / component).mkdir(exist_ok=True)
                     shutil.copyfile(file, folder / component / file.name)
         pipe.to_json_file(folder / "model_index.json")
@@ -95,7 +108,9 @@ def publish(
             card.unlink()  # the repository's card is at its root
         elif card.name in remote_names:
             remote_card = Path(api.hf_hub_download(repo_id, card.name, revision=base.sha))
-            if match := re.search(r'revision="([0-9a-f]{40})"', remote_card.read_text(encoding="utf-8")):
+            if match := re.search(
+                r'revision="([0-9a-f]{40})"', remote_card.read_text(encoding="utf-8", errors="replace")
+            ):
                 named_commit = match[1]
             if not is_rendered(remote_card):
                 logger.warning(f"The model card of {repo_id} was written or edited by a person and is kept.")
@@ -111,15 +126,28 @@ def publish(
         files = {prefix + path.relative_to(folder).as_posix(): path for path in paths}
         keys = {replacement_key(name) for name in files} - {None}
         replaced = sorted(name for name in remote_names - files.keys() if replacement_key(name) in keys)
+        index = folder / "model_index.json"
+        stay = remote_names - files.keys() - set(replaced)
+        kept = {name.removeprefix(prefix) for name in stay if name.startswith(prefix) and WEIGHTS_FILE.search(name)}
+        if kept and prefix + index.name in remote_names:  # weights of other variants, whose checksums stay too
+            remote_index = Path(api.hf_hub_download(repo_id, prefix + index.name, revision=base.sha))
+            with contextlib.suppress(ValueError):  # it may be damaged, and is replaced
+                checksums = {name: value for name, value in read_checksums(remote_index).items() if name in kept}
+                content = read_json(index)
+                content[CHECKSUMS] = checksums | content.get(CHECKSUMS, {})
+                write_text(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
         added = (CommitOperationAdd(name, path) for name, path in sorted(files.items()))
         deleted = (CommitOperationDelete(name) for name in replaced)
         commit = api.create_commit(
             repo_id, [*added, *deleted], commit_message=commit_message, revision=revision, create_pr=create_pr
         )
 
-    # 3. The card with the name of that commit. If nothing has changed, the card names the right commit already.
-    if has_rendered_card and (commit.oid != base.sha or (named_commit is None and not create_pr)):
-        failed = "The pipeline was published on {}, but its model card does not name the new commit: {}."
+        # If nothing has changed, the card names the right commit already, unless an earlier push failed at step 3.
+        is_named = commit.oid == base.sha and (create_pr or _same_files(api, repo_id, named_commit, commit.oid))
+
+    # 3. The card with the name of that commit.
+    if has_rendered_card and not is_named:
+        failed = "The pipeline was published on {}, but its model card does not name the new commit: {}. Push again."
         with explain_hub_errors(repo_id, revision, failed):
             write_text(card, render_card({**facts, "revision": commit.oid}))
             api.create_commit(
@@ -129,6 +157,21 @@ def publish(
                 revision=commit.pr_revision or revision,
             )
     return commit
+
+
+def _same_files(api: HfApi, repo_id: str, first: str | None, second: str) -> bool:
+    """Return whether two commits hold the same files but for the card. No commit, or an unknown one, holds none."""
+
+    def files(revision: str) -> set[tuple[str, str]]:
+        items = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+        return {(item.path, item.blob_id) for item in items if isinstance(item, RepoFile) and item.path != "README.md"}
+
+    try:
+        return first is not None and files(first) == files(second)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 404:
+            return False
+        raise
 
 
 def replacement_key(name: str) -> tuple[str, str, str | None] | None:

@@ -9,6 +9,7 @@ section 3); the patch stem is that of DiT (arXiv 2212.09748, section 3.2).
 """
 
 import math
+import numbers
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tutorial-64": {**_TUTORIAL, "block_out_channels": (64, 128, 256, 512)},
 }
 
+# The least and the greatest value of each number in a network's configuration. They are generous, and keep a damaged
+# configuration from building a network without end. A bound that is a float allows all numbers, else whole ones.
+CONFIG_BOUNDS: dict[str, tuple[float, float]] = {
+    "sample_size": (1, 8_192), "in_channels": (1, 4_096), "out_channels": (1, 4_096), "patch_size": (1, 256),
+    "head_channels": (0, 4_096), "block_out_channels": (2, 16_384), "layers_per_block": (1, 32),
+    "attention_head_dim": (1, 16_384), "norm_num_groups": (1, 16_384), "norm_eps": (1e-12, 1.0),
+    "dropout": (0.0, 0.99), "num_class_embeds": (2, 1_000_000),
+}  # fmt: skip
+MAX_LEVELS = 12
+
 
 @dataclass
 class MiniUNet2DOutput(BaseOutput):  # type: ignore[misc]
@@ -49,6 +60,14 @@ class MiniUNet2DOutput(BaseOutput):  # type: ignore[misc]
     """
 
     sample: torch.Tensor
+
+
+def check_bounds(name: str, value: Any, low: float, high: float) -> None:
+    """Raise a `ValueError` unless a number, or each number in a list, is of the kind of the bounds and within them."""
+    kind, word = (numbers.Real, "number") if isinstance(high, float) else (numbers.Integral, "whole number")
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(number, bool) or not isinstance(number, kind) or not low <= number <= high:  # type: ignore[operator]
+            raise ValueError(f"{name}={number!r} must be a {word} from {low:g} to {high:.10g}.")
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
@@ -314,7 +333,8 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             unconditional network.
 
     Raises:
-        ValueError: A width is not divisible by its groups or heads, or lists have unequal lengths.
+        ValueError: A value is of the wrong type or outside `CONFIG_BOUNDS`, a width is not divisible by its groups or
+            heads, or lists have unequal lengths.
     """
 
     _supports_gradient_checkpointing = True
@@ -327,7 +347,7 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        sample_size: int | tuple[int, int] = 28,
+        sample_size: int | tuple[int, int] | None = 28,
         in_channels: int = 1,
         out_channels: int = 1,
         patch_size: int = 2,
@@ -343,9 +363,9 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
+        self._check_config()
         widths = tuple(block_out_channels)
         attends = tuple(name == "AttnDownBlock2D" for name in down_block_types)
-        self._check_config(widths, tuple(down_block_types))
 
         embedding_dim = 4 * widths[0]
         shared: dict[str, Any] = {
@@ -396,17 +416,31 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
                 parameter.mul_(0.3)
         self.head = MiniHead(in_channels, out_channels, head_channels) if head_channels else None
 
-    def _check_config(self, widths: tuple[int, ...], down_block_types: tuple[str, ...]) -> None:
-        """Raise a `ValueError` that names the config key that makes the shape impossible."""
-        config = self.config
-        allowed = ("DownBlock2D", "AttnDownBlock2D")
-        if unknown := set(down_block_types) - set(allowed):
-            raise ValueError(f"down_block_types holds {sorted(unknown)}; allowed are {allowed}.")
+    def _check_config(self) -> None:
+        """Raise a `ValueError` that names the config key that is impossible, before anything is built from it."""
+        config, allowed = self.config, ("DownBlock2D", "AttnDownBlock2D")
+        widths, down_block_types = config.block_out_channels, config.down_block_types
+        for name in ("block_out_channels", "down_block_types"):
+            if not isinstance(config[name], (list, tuple)):
+                raise ValueError(f"{name}={config[name]!r} must be a list with one entry per level.")
+        if unknown := [name for name in down_block_types if name not in allowed]:
+            raise ValueError(f"down_block_types holds {unknown}; allowed are {allowed}.")
         if len(down_block_types) != len(widths) or not widths:
             raise ValueError(
                 f"down_block_types has {len(down_block_types)} entries and block_out_channels {len(widths)}; both "
                 "need one per level."
             )
+        if len(widths) > MAX_LEVELS:
+            raise ValueError(f"block_out_channels has {len(widths)} levels; at most {MAX_LEVELS} are allowed.")
+        lengths = {"block_out_channels": len(widths), "sample_size": 2}  # of the values that may be lists
+        for name, bounds in CONFIG_BOUNDS.items():
+            value = config[name]
+            if isinstance(value, (list, tuple)) and len(value) != lengths.get(name):
+                raise ValueError(f"{name}={value!r} has the wrong length.")
+            if value is not None or name not in ("sample_size", "num_class_embeds"):
+                check_bounds(name, value, *bounds)
+        if not isinstance(config.add_attention, bool):
+            raise ValueError(f"add_attention={config.add_attention!r} must be True or False.")
         for width in widths:
             if width % config.norm_num_groups or width % 2:
                 raise ValueError(
@@ -420,10 +454,6 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
                     f"block_out_channels has {width} with attention, not divisible by "
                     f"attention_head_dim={config.attention_head_dim}."
                 )
-        if config.num_class_embeds is not None and config.num_class_embeds < 2:
-            raise ValueError(
-                f"num_class_embeds={config.num_class_embeds} must be at least 2: one class and the null label."
-            )
 
     @classmethod
     def from_pretrained(

@@ -6,7 +6,8 @@ interrupt flag) belongs to that call alone.
 
 import copy
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ from diffusers.utils.torch_utils import randn_tensor
 # The number of denoising steps of a call that gives none. A distilled pipeline has its own.
 DEFAULT_NUM_INFERENCE_STEPS = 20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def default_steps(pipe: Any) -> int:
+    """Return the number of steps of a call that gives none: a distilled pipeline's own, else 20, at most T."""
+    steps = int(pipe.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
+    return min(steps, int(pipe.scheduler.config.get("num_train_timesteps", steps)))
 
 
 @dataclass
@@ -150,6 +157,8 @@ class DenoisingPipelineMixin:
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                     raise ValueError(f"`{name}` must be a number above 0, but is {value!r}.")
+                if name == "default_num_inference_steps" and value != int(value):
+                    raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
                 self.register_to_config(**{name: value})  # type: ignore[attr-defined]
 
     def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
@@ -167,7 +176,7 @@ class DenoisingPipelineMixin:
         """
         steps, output_type = options["num_inference_steps"], options["output_type"]
         if steps is None:
-            steps = int(self.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
+            steps = default_steps(self)
         self._check_inputs(options | {"batch_size": batch_size, "num_inference_steps": steps})
         latents = self._prepare_latents(batch_size, options)
         conditions = {name: tensor.to(latents.device) for name, tensor in conditions.items()}
@@ -210,15 +219,37 @@ class DenoisingPipelineMixin:
         eta, generator, batch_size = options["eta"], options["generator"], options["batch_size"]
         if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
             raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if len(generators) != batch_size and generators is generator:
             raise ValueError(
-                f"`generator` is a list of {len(generator)} for {batch_size} images. Give one generator per image."
+                f"`generator` is a list of {len(generators)} for {batch_size} images. Give one generator per image."
             )
+        if generator is not None:
+            for one in generators:
+                if not isinstance(one, torch.Generator):
+                    raise ValueError(
+                        "`generator` must be a torch.Generator or a list of them, such as"
+                        f" torch.Generator().manual_seed(0), but is or holds {one!r}."
+                    )
+            device = self._execution_device  # type: ignore[attr-defined]
+            # A generator on the CPU serves every device.
+            places = {(one.device.type, one.device.index or 0) for one in generators}
+            if places not in ({("cpu", 0)}, {(device.type, device.index or 0)}):
+                found = ", ".join(sorted({str(one.device) for one in generators}))
+                raise ValueError(
+                    f"`generator` is on {found}, but must be on the CPU, torch.Generator().manual_seed(0), or on"
+                    f" {device}, where the pipeline is."
+                )
         if options["output_type"] not in OUTPUT_TYPES:
             raise ValueError(
                 f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {options['output_type']!r}."
             )
-        for name in options["callback_on_step_end_tensor_inputs"]:
+        callback, tensor_inputs = options["callback_on_step_end"], options["callback_on_step_end_tensor_inputs"]
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` must be a function, but is {callback!r}.")
+        if not isinstance(tensor_inputs, (list, tuple)):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` must be a list, but is {tensor_inputs!r}.")
+        for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 allowed = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold {allowed}, but holds {name!r}.")
@@ -226,12 +257,12 @@ class DenoisingPipelineMixin:
     def _prepare_latents(self, batch_size: int, options: dict[str, Any]) -> torch.Tensor:
         """Return standard normal noise, (B, C, H, W), drawn or checked, on the execution device.
 
-        x_t stays in float32 also if the network runs in half precision. Rounding x_t at every step would add up to a
-        visible background, and one seed would give different noise in each dtype.
+        x_t is float32 in whichever precision the network runs. Rounding x_t to half precision at every step would add
+        up to a visible background, and one seed would give different noise in each dtype.
         """
         config, height, width = self.unet.config, options["height"], options["width"]
         latents: torch.Tensor | None = options["latents"]
-        if latents is None:
+        if not isinstance(latents, torch.Tensor):
             size = config.sample_size
             if size is None and (height is None or width is None):
                 raise ValueError("The network has no `sample_size`. Pass `height` and `width`.")
@@ -245,14 +276,14 @@ class DenoisingPipelineMixin:
             default_width if width is None else width,
         )
         device = self._execution_device  # type: ignore[attr-defined]
-        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` must have the shape {shape}, but has {tuple(latents.shape)}.")
-            return latents.to(device=device, dtype=dtype)
+            latents = check_latents("`latents`", latents, shape).to(device=device, dtype=torch.float32)
+            if not latents.isfinite().all():
+                raise ValueError("`latents` must be finite, but holds NaN or infinity.")
+            return latents
         generator = options["generator"]
         generator = list(generator) if isinstance(generator, tuple) else generator
-        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return noise
 
     def _denoise(
@@ -295,6 +326,7 @@ class DenoisingPipelineMixin:
         values["_num_timesteps"] = len(scheduler.timesteps)
         callback, tensor_inputs = options["callback_on_step_end"], options["callback_on_step_end_tensor_inputs"]
         trajectory, predictions = [latents], []
+        prediction = latents
         with self.progress_bar(total=len(scheduler.timesteps)) as progress_bar:  # type: ignore[attr-defined]
             for i, t in enumerate(scheduler.timesteps):
                 if values["_interrupt"]:
@@ -312,13 +344,45 @@ class DenoisingPipelineMixin:
 
                 if callback is not None:
                     state = {"latents": latents, **conditions}
-                    changed = callback(self, i, t, {name: state[name] for name in tensor_inputs}) or {}
-                    latents = changed.get("latents", latents)
-                    conditions = {name: changed.get(name, tensor) for name, tensor in conditions.items()}
+                    changed = callback(self, i, t, {name: state[name] for name in tensor_inputs})
+                    latents, conditions = self._take_changes(changed, latents, conditions, tensor_inputs)
                 if options["return_trajectory"]:
                     trajectory.append(latents)
                 progress_bar.update()
+        # NaN stays in x_t until the last step, so one look at the end finds it, without waiting for a GPU in the loop.
+        if not math.isfinite(latents.sum() + prediction.sum()):
+            dtype = str(self.unet.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"The images became NaN or infinite (a network in {dtype}, {type(scheduler).__name__}, step"
+                f" {values['_step'] + 1} of {len(scheduler.timesteps)}). "
+                + ("float16 overflows: use bfloat16 or float32, or check" if dtype == "float16" else "Check")
+                + (" what `callback_on_step_end` returns, and" if callback is not None else "")
+                + " the weights and the scheduler."
+            )
         return latents, trajectory, predictions
+
+    def _take_changes(
+        self, changed: Any, latents: torch.Tensor, conditions: dict[str, torch.Tensor], seen: Sequence[str]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return x_t and the conditions, checked, after a callback that returned `None` or a dict of new ones."""
+        name = "`callback_on_step_end`"
+        if changed is not None and not isinstance(changed, dict):
+            raise ValueError(
+                f"{name} must return a dict of new tensors or None, but returned a {type(changed).__name__}."
+            )
+        for key in changed or {}:
+            if key not in ("latents", *conditions):
+                raise ValueError(f"{name} returned {key!r}. It may return {', '.join(('latents', *conditions))}.")
+        changed = {**{key: tensor for key, tensor in conditions.items() if key in seen}, **(changed or {})}
+        if "latents" in changed:
+            new = check_latents(f"`latents` that {name} returned", changed.pop("latents"), tuple(latents.shape))
+            latents = new.to(device=latents.device, dtype=latents.dtype)
+        new_conditions = {key: self._check_condition(key, new, conditions[key]) for key, new in changed.items()}
+        return latents, {**conditions, **new_conditions}
+
+    def _check_condition(self, name: str, value: Any, current: torch.Tensor) -> torch.Tensor:
+        """Return the new value of a condition that a callback returned, checked, on the device of the current one."""
+        raise NotImplementedError
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
@@ -329,6 +393,25 @@ class DenoisingPipelineMixin:
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
         return super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+
+
+def check_latents(name: str, latents: Any, shape: tuple[Any, ...]) -> torch.Tensor:
+    """Return latents that are a tensor of floats of this shape; else raise a `ValueError` that calls them `name`."""
+    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"{name} must be a tensor of floats, but is {kind}.")
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, but has {tuple(latents.shape)}.")
+    return latents
+
+
+def refuse_unknown(call: Any, unknown: dict[str, Any]) -> None:
+    """Raise a `TypeError` for the first argument that a pipeline's call does not have."""
+    for name, value in unknown.items():
+        known = ", ".join(key for key in inspect.signature(call).parameters if key not in ("self", "unknown"))
+        hint = "for the same images again, pass generator=torch.Generator().manual_seed("
+        hint = f"{hint}{value!r})" if "seed" in name else f"the arguments are {known}"
+        raise TypeError(f"The pipeline's call has no argument `{name}`: {hint}.")
 
 
 def predict_x0(

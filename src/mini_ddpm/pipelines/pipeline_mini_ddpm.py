@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .pipeline_base import DenoisingPipelineMixin, MiniDDPMPipelineOutput
+from .pipeline_base import DenoisingPipelineMixin, MiniDDPMPipelineOutput, refuse_unknown
 from .portable import PortablePipelineMixin
 
 
@@ -44,7 +44,7 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # noqa: D417
         self,
         batch_size: int = 1,
         *,
@@ -60,6 +60,7 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_trajectory: bool = False,
+        **unknown: Any,
     ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
         """Draw `batch_size` images.
 
@@ -89,8 +90,11 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
             [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not `None`.
 
         Raises:
-            ValueError: An argument is out of range, or the scheduler belongs to another process.
+            ValueError: An argument is out of range, the scheduler belongs to another process, or the images became
+                NaN or infinite.
+            TypeError: There is no argument of this name.
         """
         # all arguments but the first, by name
-        options = {name: value for name, value in locals().items() if name not in ("self", "batch_size")}
+        options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "unknown")}
+        refuse_unknown(type(self).__call__, unknown)
         return self._draw(batch_size, {}, {}, options)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .pipeline_base import CallAttribute, DenoisingPipelineMixin, MiniDDPMPipelineOutput
+from .pipeline_base import CallAttribute, DenoisingPipelineMixin, MiniDDPMPipelineOutput, refuse_unknown
 from .portable import PortablePipelineMixin
 
 
@@ -54,6 +54,12 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
             default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
         )
         if id2label is not None:
+            is_dict = isinstance(id2label, dict)
+            bad = [label for label in id2label if not str(label).isdecimal()] if is_dict else [id2label]
+            if bad:
+                raise ValueError(
+                    f"`id2label` must be a dict of names by label, {{0: 'cat'}}, but is or has {bad[0]!r:.80}."
+                )
             id2label = {int(label): str(name) for label, name in id2label.items()}
         self.register_to_config(id2label=id2label)
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -93,6 +99,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **unknown: Any,
     ) -> MiniDDPMPipelineOutput | tuple[Any, ...]:
         """Draw one image for each label. The arguments without a description are those of [`MiniDDPMPipeline`]'s call.
 
@@ -109,13 +116,14 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
             [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not `None`.
 
         Raises:
-            ValueError: An argument is out of range, a label is unknown, the network takes no labels, or the scheduler
-                belongs to another process.
-            TypeError: A label is neither an integer nor a name.
+            ValueError: An argument is out of range, a label is unknown, the network takes no labels, the scheduler
+                belongs to another process, or the images became NaN or infinite.
+            TypeError: A label is neither an integer nor a name, or there is no argument of this name.
         """
         # the arguments that the unconditional pipeline has too, by name
-        own = ("self", "class_labels", "guidance_scale", "guidance_interval")
+        own = ("self", "class_labels", "guidance_scale", "guidance_interval", "unknown")
         options = {name: value for name, value in locals().items() if name not in own}
+        refuse_unknown(type(self).__call__, unknown)
         labels = self.get_label_ids(class_labels)
         if guidance_scale is None:
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
@@ -161,6 +169,13 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
                 )
             labels.append(int(label))
         return labels
+
+    def _check_condition(self, name: str, value: Any, current: torch.Tensor) -> torch.Tensor:
+        """Return the labels that a callback returned as a tensor like the current ones, after the checks of a call."""
+        labels = self.get_label_ids(value)
+        if len(labels) != len(current):
+            raise ValueError(f"`callback_on_step_end` returned {len(labels)} class labels for {len(current)} images.")
+        return torch.tensor(labels, device=current.device)
 
     def _predict(self, sample: torch.Tensor, timestep: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
         """Return the network's output for x_t, in x_t's dtype, (B, C or 2C, H, W), guided if the step is.

@@ -6,12 +6,14 @@ folder. So each file is a bundle: the module that defines the class, after the m
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ from ..files import atomic_write, write_text
 # The name of a module that defines a part or a pipeline: `unet_mini` in the package, `unet_mini_0a1b2c3d` in a saved
 # pipeline.
 PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
+
+# The key of `model_index.json` with the SHA-256 of each weights file, by its path in the pipeline's folder. diffusers
+# ignores keys that start with an underscore.
+CHECKSUMS = "_weights_sha256"
 
 # The model card of a pipeline about which nothing else is known. A card with this text counts as generated, not as
 # hand-written, so a new text must be added beside it.
@@ -101,6 +107,25 @@ def _defined_names(node: ast.stmt) -> dict[str, str]:
     return {name.id: ast.dump(node) for name in names if isinstance(name, ast.Name)}
 
 
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weights_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every weights file of a pipeline, by its path in the pipeline's folder."""
+    files = sorted(file for file in folder.glob("*/*.safetensors") if file.is_file() and file.name[0] != ".")
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of the weights into the `model_index.json` of a pipeline, without any other change."""
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    write_text(file, json.dumps(index | {CHECKSUMS: weights_checksums(folder)}, indent=2, sort_keys=True) + "\n")
+
+
 class PortablePipelineMixin:
     """The part of a pipeline that saves and publishes it."""
 
@@ -119,6 +144,9 @@ class PortablePipelineMixin:
         diffusers keeps all such files in one folder, where a file replaces an earlier one of the same name, also for
         models that are in use. A file name therefore ends in a hash of the content. Two versions never collide, and
         saving a pipeline that was loaded from such a file gives the same name again.
+
+        The index also gets the checksums of the weights, which `load_pipeline` compares. The weights, which
+        safetensors writes for their owner alone, get the permissions of the index.
         """
 
         def write(file: Path, config: dict[str, Any]) -> None:
@@ -146,7 +174,14 @@ class PortablePipelineMixin:
             config_file = target / cls.config_name
             if part is not self and config_file.is_file():
                 write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
+        if checksums := weights_checksums(folder):
+            index[CHECKSUMS] = checksums
         write(Path(json_file_path), index)
+        mode = stat.S_IMODE(Path(json_file_path).stat().st_mode)
+        for name in checksums:
+            if stat.S_IMODE((folder / name).stat().st_mode) == 0o600:
+                with contextlib.suppress(PermissionError):  # an older file of another account
+                    (folder / name).chmod(mode)
 
     def save_pretrained(
         self,

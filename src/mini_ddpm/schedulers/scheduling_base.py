@@ -37,13 +37,44 @@ VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_l
 
 # Config keys whose default differs from that of diffusers' schedulers.
 OWN_DEFAULTS = ("beta_schedule", "timestep_spacing")
-ZERO = torch.zeros((), device="cpu")
+ZERO = torch.zeros((), dtype=torch.float32, device="cpu")
+
+# Config keys that are numbers, with their bounds: above `low`, at most `high`. diffusers' own tests have a `beta_end`
+# of 2. The tables of a schedule grow with T; the bound keeps a typing error from filling the memory.
+MAX_TRAIN_TIMESTEPS = 100_000
+NUMBER_BOUNDS = {
+    "num_train_timesteps": (0, MAX_TRAIN_TIMESTEPS),
+    "steps_offset": (-1, MAX_TRAIN_TIMESTEPS),
+    "beta_start": (0, math.inf),
+    "beta_end": (0, math.inf),
+    "dynamic_thresholding_ratio": (0, 1),
+    "clip_sample_range": (0, math.inf),
+    "sample_max_value": (0, math.inf),
+}
+WHOLE_NUMBERS = ("num_train_timesteps", "steps_offset")
+SWITCHES = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "set_alpha_to_one")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a `ValueError` that lists the allowed values if `value` is not one of them."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Raise a `ValueError` for the first key of a scheduler's config that has a wrong type or is out of range."""
+    check_choice("prediction_type", config["prediction_type"], get_args(PredictionType))
+    check_choice("timestep_spacing", config["timestep_spacing"], get_args(TimestepSpacing))
+    check_choice("beta_schedule", config["beta_schedule"], get_args(BetaSchedule))
+    for name, (low, high) in NUMBER_BOUNDS.items():
+        value, is_whole = config[name], name in WHOLE_NUMBERS
+        is_number = isinstance(value, numbers.Integral if is_whole else numbers.Real) and not isinstance(value, bool)
+        if not is_number or not (low < value <= high and value < math.inf):
+            bounds = f"above {low}" + (f", at most {high}" if high < math.inf else "")
+            raise ValueError(f"`{name}` must be a {'whole' if is_whole else 'finite'} number {bounds}; got {value!r}.")
+    for name in SWITCHES:
+        if not isinstance(config.get(name, True), (bool, np.bool_)):
+            raise ValueError(f"`{name}` must be True or False; got {config[name]!r}.")
 
 
 def make_betas(
@@ -63,13 +94,22 @@ def make_betas(
         Betas of shape (T,), float32.
     """
     if trained_betas is not None:
-        return torch.tensor(trained_betas, dtype=torch.float32)
+        try:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float32, device="cpu").clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`trained_betas` must be a list of numbers ({error}).") from error
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("`trained_betas` must be a list of numbers above 0, at most 1.")
+        return betas
     if beta_schedule == "linear":
         return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
     if beta_schedule == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
     if beta_schedule == "sigmoid":
-        return torch.sigmoid(torch.linspace(-6, 6, num_train_timesteps)) * (beta_end - beta_start) + beta_start
+        return (
+            torch.sigmoid(torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float32)) * (beta_end - beta_start)
+            + beta_start
+        )
 
     def alpha_bar(u: float) -> float:
         if beta_schedule == "squaredcos_cap_v2":
@@ -165,11 +205,14 @@ def in_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def draw_noise(like: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
-    """Draw standard normal noise of the shape, dtype and device of `like`; generator k of a list draws row k."""
+    """Draw standard normal noise of the shape, dtype and device of `like`; generator k of a list draws row k.
+
+    It is drawn in float32, so that one seed gives the same noise in every dtype.
+    """
     if isinstance(generator, list) and len(generator) != like.shape[0]:
         raise ValueError(f"A list of generators needs one for each of the {like.shape[0]} rows; got {len(generator)}.")
-    noise: torch.Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-    return noise
+    noise: torch.Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+    return noise.to(like.dtype)
 
 
 @dataclass
@@ -199,14 +242,7 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _set_up_noise_schedule(self) -> None:
         """Check the config and compute what depends on it alone: betas, ᾱ, the full chain of timesteps."""
         config = self.config
-        check_choice("prediction_type", config.prediction_type, get_args(PredictionType))
-        check_choice("timestep_spacing", config.timestep_spacing, get_args(TimestepSpacing))
-        check_choice("beta_schedule", config.beta_schedule, get_args(BetaSchedule))
-        if config.num_train_timesteps < 1 or config.steps_offset < 0:
-            raise ValueError(
-                "`num_train_timesteps` must be at least 1 and `steps_offset` at least 0; "
-                f"got {config.num_train_timesteps!r} and {config.steps_offset!r}."
-            )
+        check_config(config)
         if "_use_default_values" in config:
             # Another scheduler's `from_config` drops the keys in this list and uses its own defaults for them. A key
             # with a default of our own must not be in it, or the swap would silently change the noise schedule.
@@ -215,6 +251,11 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end, config.trained_betas
         )
         self.betas = rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+        if not self.betas.isfinite().all():
+            raise ValueError(
+                "`rescale_betas_zero_snr` gives no finite betas with `num_train_timesteps`="
+                f"{config.num_train_timesteps} and `beta_end`={config.beta_end}."
+            )
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.init_noise_sigma = 1.0

@@ -79,7 +79,9 @@ class MiniDDIMScheduler(MiniSchedulerBase):
     ) -> None:  # fmt: skip
         with torch.device("cpu"):  # whatever default device the user has set
             self._set_up_noise_schedule()
-            self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+            self.final_alpha_cumprod = (
+                torch.tensor(1.0, dtype=torch.float32) if set_alpha_to_one else self.alphas_cumprod[0]
+            )
             self._lay_out_steps(None)
 
     def _get_variance(self, timestep: int | torch.Tensor, prev_timestep: int | torch.Tensor) -> torch.Tensor:

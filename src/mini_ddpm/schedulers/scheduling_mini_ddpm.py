@@ -99,7 +99,7 @@ class MiniDDPMScheduler(MiniSchedulerBase):
         self.variance_type = variance_type or "fixed_small"  # a saved config of DPM-Solver has null here
         with torch.device("cpu"):  # whatever default device the user has set
             self._set_up_noise_schedule()
-            self.final_alpha_cumprod = torch.tensor(1.0)
+            self.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float32)
             self._lay_out_steps(None)
 
     def _variance_bounds(self, timestep: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,14 +86,16 @@ def noise_batch(
     batch_size = local * accelerator.num_processes
     own = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
     generator = _generator(device, seed, 1, micro_step)
-    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, device=device)[own]
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    strata = torch.arange(batch_size, device=device, dtype=torch.float64) / batch_size
+    # In float32 whatever the default is: MPS has no float64, and a seed means the same numbers everywhere.
+    kind: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    noise = torch.randn((batch_size, *images.shape[1:]), generator=generator, **kind)[own]
+    offset = torch.rand((), generator=generator, **kind)
+    strata = torch.arange(batch_size, **kind) / batch_size
     levels = ((strata + offset) % 1 * len(noise_levels)).long().clamp(max=len(noise_levels) - 1)
     timesteps = noise_levels[levels][own]
     if null_label is None or class_labels is None:
         return noise, timesteps, None
-    dropped = torch.rand(batch_size, generator=generator, device=device)[own] < class_dropout_prob
+    dropped = torch.rand(batch_size, generator=generator, **kind)[own] < class_dropout_prob
     return noise, timesteps, class_labels.masked_fill(dropped, null_label)
 
 

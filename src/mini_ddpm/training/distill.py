@@ -31,11 +31,12 @@ import tyro
 
 from ..data import ImageDataset, image_dataset
 from ..hub.load import load_pipeline
-from ..options import find_device, process_rank, resolve_guidance, resolve_precision
+from ..options import check_fields, find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from .checkpoints import checkpoint_step, list_checkpoints
+from .config import RANGES, RunConfig, TrainConfig
 from .loss import compute_loss, saturate, saturated_levels
-from .train import RunConfig, TrainConfig, train
+from .train import train
 
 UNDISTILLED_TEACHER_STEPS = 32
 """The steps of the first teacher by default, if it was not distilled itself."""
@@ -89,11 +90,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
-        for name in ("num_inference_steps", "rounds", "images_per_round", "num_evaluation_images"):
-            value, least = getattr(self, name), 0 if name == "num_evaluation_images" else 1
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
-        self.train_config(self.teacher, 1, 0.0, False)  # it checks the other fields
+        own = dict.fromkeys(("num_inference_steps", "rounds", "images_per_round"), (1, None))
+        check_fields(self, {**RANGES, **own, "num_evaluation_images": (0, None), "guidance_scale": (0, None)})
 
     def train_config(
         self, teacher: str, num_inference_steps: int, saturation_margin: float, class_conditional: bool

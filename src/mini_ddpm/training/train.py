@@ -1,4 +1,4 @@
-"""Training: the settings of a run and the loop.
+"""Training: the loop.
 
     L = E_{x_0, ε, t} [ w_t · || target - model(x_t, t, y) ||² ],   x_t = sqrt(ᾱ_t)·x_0 + sqrt(1-ᾱ_t)·ε
 
@@ -17,182 +17,43 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import tyro
 from tqdm.auto import tqdm
 
 from ..data import ImageDataset, image_dataset
 from ..files import atomic_write
 from ..hub.card import write_card
-from ..hub.load import load_pipeline
-from ..models.unet_mini import PRESETS, MiniUNet2DModel
-from ..options import default_steps, find_device, resolve_precision
-from ..pipelines.pipeline_mini_ddpm import MiniDDPMPipeline
-from ..pipelines.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
+from ..models.unet_mini import MiniUNet2DModel
+from ..options import default_steps
 from ..plots import sample_grid
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from .batches import image_batches, image_ids, noise_batch
 from .checkpoints import (
-    FIXED_SETTINGS,
-    claim_folder,
+    claimed_folder,
     explain_write_errors,
+    is_whole_pipeline,
+    last_checkpoint,
     list_checkpoints,
+    load_checkpoint,
     save_checkpoint,
     save_pipeline,
     truncate_log,
 )
+from .config import TrainConfig
 from .loss import Levels, beyond_saturation, compute_loss, saturated_levels
+from .models import new_model, new_pipeline
+from .runtime import StopSignals, check_tracker, new_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-# Settings that `pretrained_model_name_or_path` determines.
-_SETTINGS_OF_PRETRAINED = (
-    "preset",
-    "block_out_channels",
-    "layers_per_block",
-    "num_train_timesteps",
-    "beta_schedule",
-    "prediction_type",
-)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The settings that training and distillation share, with the defaults of training."""
-
-    dataset_name: str = "ylecun/mnist"
-    """Hub id, folder in a Hub dataset's layout, or folder of pictures (one sub-folder per class)."""
-    _: KW_ONLY
-    split: str = "train"
-    """Split of the dataset."""
-    image_column: str | None = None
-    """Column of the pictures. Default: the first that holds images."""
-    label_column: str | None = None
-    """Column of the class indices. Default: the first that holds class labels."""
-    resolution: int | None = None
-    """Crop pictures to a square and resize them to this many pixels. Default: keep their size."""
-
-    train_batch_size: int = 128
-    """Images per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    lr_warmup_steps: int = 200
-    """Steps over which the learning rate rises from zero, at most a tenth of all."""
-    class_dropout_prob: float = 0.1
-    """Share of labels replaced by the null label; guidance needs it (arXiv 2207.12598)."""
-    ema_max_decay: float = 0.9995
-    """Largest decay of the moving average of the weights, which is what is saved. The decay rises to it gradually."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to train. Auto: cuda, else mps, else cpu."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Precision of the network. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
-    torch_compile: bool = False
-    """Compile the network: about a minute to start, then a third less time per step."""
-    seed: int = 0
-    """Seed of everything random."""
-    checkpointing_steps: int = 500
-    """Optimizer steps between checkpoints."""
-    log_with: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    """Experiment tracker. train_log.jsonl is always written too."""
-
-
-@dataclass(frozen=True)
-class TrainConfig(RunConfig):
-    """Train a small diffusion model and write it as a pipeline folder.
-
-    The defaults train on MNIST from scratch. To resume an interrupted run, give the same command again.
-    """
-
-    output_dir: Path = Path("runs/mnist")
-    """Folder for the pipeline, its checkpoints, sample grids and logs."""
-    _: KW_ONLY
-    cache_dataset: bool | None = None
-    """Keep all images on the device as bytes. Default: yes if they take less than 2 GB."""
-    dataloader_num_workers: int = 2
-    """Processes that decode images when the dataset is not cached."""
-
-    class_conditional: bool = False
-    """Train on class labels too, to generate images of a chosen class."""
-    pretrained_model_name_or_path: str | None = None
-    """Fine-tune this pipeline (bundled name, folder or Hub id); its network shape and noise schedule are kept.
-    Default: train from scratch."""
-    preset: str = "mini"
-    """Shape of the U-Net: mini, tutorial-32 or tutorial-64."""
-    block_out_channels: tuple[int, ...] | None = None
-    """Width of each level; all levels but the first have attention. Default: the preset's."""
-    layers_per_block: int | None = None
-    """Residual blocks per level. Default: the preset's."""
-    dropout: float = 0.0
-    """Dropout in the residual blocks."""
-
-    saturation_margin: float = 0.1
-    """Train black (white) as -1 - margin (1 + margin) if 5 % of pixels are it: clamping makes it exact. 0: off."""
-
-    num_train_timesteps: int = 1000
-    """Number T of noise levels."""
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid", "laplace"] = "squaredcos_cap_v2"
-    """Noise schedule; squaredcos_cap_v2 is the cosine schedule."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
-    """What the network predicts: the noise, the clean image or the velocity."""
-    snr_gamma: float | None = None
-    """Gamma of the min-SNR loss weights; 5.0 is usual. Default: no weights."""
-
-    num_epochs: int = 20
-    """Passes over the dataset."""
-    max_train_steps: int | None = None
-    """Optimizer steps. Default: as many as num_epochs takes."""
-    lr_scheduler: str = "cosine"
-    """Decay after the warm-up: cosine, linear, constant_with_warmup, polynomial, ..."""
-    adam_beta2: tyro.conf.Suppress[float] = 0.99
-    """Decay of AdamW's second moment."""
-    adam_weight_decay: float = 0.01
-    """Weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-
-    checkpoints_total_limit: int = 2
-    """How many checkpoints are kept."""
-    save_images_epochs: int = 1
-    """Epochs between sample grids; 0: none."""
-    logging_steps: int = 50
-    """Optimizer steps between log lines."""
-
-    def __post_init__(self) -> None:
-        """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
-        for name in (
-            "num_train_timesteps",
-            "num_epochs",
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "logging_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        for name in ("learning_rate", "max_grad_norm", "snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0.")
-        for name in ("class_dropout_prob", "dropout", "ema_max_decay", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
-        if not 0 <= self.saturation_margin <= 1:
-            raise ValueError(f"saturation_margin={self.saturation_margin} must be in [0, 1].")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}.")
+# The averaged weights follow the network closely at first; see `_take_steps`.
+EMA_POWER = 0.75
 
 
 class Teacher(Protocol):
@@ -236,37 +97,23 @@ def train(config: TrainConfig, teacher: Teacher | None = None, dataset: ImageDat
         FloatingPointError: The loss or the weights became NaN or infinite; the last good checkpoint is kept.
         OSError: A checkpoint or the pipeline cannot be written; the previous one is kept.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
-
     config = dataclasses.replace(config, output_dir=Path(config.output_dir).expanduser())
-    device = find_device(config.device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=resolve_precision(config.mixed_precision, device),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.log_with == "none" else config.log_with,
-        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir)),
-    )
-    try:
-        _train(config, accelerator, teacher, dataset)
-    finally:
-        accelerator.end_training()
-        # accelerate keeps the precision of the first run in a process; without this a second run could not change it.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    check_tracker(config.log_with)
+    with new_accelerator(config) as accelerator, StopSignals() as signals:
+        _train(config, accelerator, teacher, dataset, signals)
+    signals.deliver()
     return config.output_dir
 
 
 def _train(
-    config: TrainConfig, accelerator: Accelerator, teacher: Teacher | None, dataset: ImageDataset | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    teacher: Teacher | None,
+    dataset: ImageDataset | None,
+    signals: StopSignals,
 ) -> None:
     """Take the steps that remain after the last checkpoint; see [`train`]."""
-    from accelerate.utils import set_seed
-    from diffusers.optimization import get_scheduler
-    from diffusers.training_utils import EMAModel
-
-    output_dir, device, is_main = config.output_dir, accelerator.device, accelerator.is_main_process
+    from accelerate.utils import broadcast_object_list, set_seed
 
     # 1. The data, and the number of steps.
     if dataset is None:
@@ -278,21 +125,59 @@ def _train(
             f"class_conditional=True needs labels, but {config.dataset_name!r} has none. Set label_column, or "
             "class_conditional=False."
         )
-    null_label = len(dataset.id2label or ()) if config.class_conditional else None
     batch_size = config.train_batch_size * accelerator.num_processes  # of all processes, per forward pass
     step_size = batch_size * config.gradient_accumulation_steps  # images per optimizer step
     total_steps = config.max_train_steps or -(-config.num_epochs * len(dataset) // step_size)
 
-    # 2. The network and its optimizer.
+    # 2. The network and the pipeline.
     set_seed(config.seed)
-    unet, scheduler = _new_model(config, dataset)
+    unet, scheduler = new_model(config, dataset)
     levels = saturated_levels(dataset) if config.saturation_margin else (None, None)
     clip_sample_range = 1.0 if levels == (None, None) else 1 + config.saturation_margin
     scheduler = MiniDDIMScheduler.from_config(scheduler.config, clip_sample_range=clip_sample_range)
     if teacher is not None:
-        teacher.prepare(device, config.torch_compile)
-    noise_levels = (teacher.timesteps if teacher else torch.arange(scheduler.config.num_train_timesteps)).to(device)
-    unet = unet.to(memory_format=torch.channels_last)
+        teacher.prepare(accelerator.device, config.torch_compile)
+    pipeline = new_pipeline(config, dataset, levels, unet, scheduler, teacher.pipeline_defaults if teacher else {})
+
+    # 3. The folder. Nothing was written before this line.
+    settings = vars(config) | {"global_batch_size": batch_size, "dataset": dataset.fingerprint}
+    settings |= teacher.run_settings if teacher else {}
+    claim = claimed_folder(config.output_dir, settings) if accelerator.is_main_process else contextlib.nullcontext()
+    with claim:
+        accelerator.wait_for_everyone()
+        found = last_checkpoint(config.output_dir) if accelerator.is_main_process else (None, {})
+        ((checkpoint, progress),) = broadcast_object_list([found])
+        if checkpoint is not None and progress["step"] >= total_steps:
+            accelerator.print(f"{config.output_dir} is already trained ({progress['step']} steps).")
+            if is_whole_pipeline(config.output_dir, progress):
+                return
+        _take_steps(
+            config, accelerator, teacher, dataset, levels, pipeline, total_steps, signals, checkpoint, progress
+        )
+
+
+def _take_steps(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    teacher: Teacher | None,
+    dataset: ImageDataset,
+    levels: Levels,
+    pipeline: Any,
+    total_steps: int,
+    signals: StopSignals,
+    checkpoint: Path | None,
+    progress: dict[str, Any],
+) -> None:
+    """Train the network of `pipeline` from `checkpoint`, with its `progress`, to `total_steps`; see [`train`]."""
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    output_dir, device, is_main = config.output_dir, accelerator.device, accelerator.is_main_process
+    batch_size = config.train_batch_size * accelerator.num_processes
+    step_size = batch_size * config.gradient_accumulation_steps
+
+    # 1. The network, its optimizer and its averaged weights, from the last checkpoint if there is one.
+    unet, scheduler = pipeline.unet.to(memory_format=torch.channels_last), pipeline.scheduler
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=config.learning_rate,
@@ -300,35 +185,44 @@ def _train(
         weight_decay=config.adam_weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    lr_steps = {"num_warmup_steps": min(config.lr_warmup_steps, total_steps // 10), "num_training_steps": total_steps}
-    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, **lr_steps)
     if config.torch_compile:
         unet.compile()  # in place: the keys of the weights stay, so runs with and without it can share checkpoints
     model, optimizer = accelerator.prepare(unet, optimizer)
     # The decay of step k is min(1 - (1 + k)^-power, ema_max_decay).
-    power = FIXED_SETTINGS["ema_power"]
-    ema = EMAModel(unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=power, foreach=True)
+    ema = EMAModel(unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=EMA_POWER, foreach=True)
     ema.to(device)
-    accelerator.register_for_checkpointing(ema, lr_scheduler)
-    pipeline = _new_pipeline(config, dataset, levels, unet, scheduler, teacher)
-
-    # 3. The last checkpoint. Nothing was written before this line.
-    if is_main:
-        settings = vars(config) | {"saturated_levels": levels}
-        claim_folder(output_dir, settings | (teacher.run_settings if teacher else {}))
-    accelerator.wait_for_everyone()
+    names = [name for name, _ in unet.named_parameters()]
     first_step, seconds = 0, 0.0
-    for checkpoint in list_checkpoints(output_dir)[-1:]:
-        accelerator.load_state(str(checkpoint))
-        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+    if checkpoint is not None:
+        averaged_weights = load_checkpoint(accelerator, checkpoint)
         first_step, seconds = progress["step"], progress["seconds"]
-        accelerator.print(f"Resuming from {checkpoint} (step {first_step} of {total_steps}).")
+        for name, averaged in zip(names, ema.shadow_params, strict=True):
+            averaged.copy_(averaged_weights[name])
+        ema.optimization_step = first_step
+        if first_step < total_steps:
+            accelerator.print(f"Resuming from {checkpoint} (step {first_step} of {total_steps}).")
+    if first_step >= total_steps:  # only the pipeline is damaged, or gone
+        if is_main:
+            with _averaged_weights(unet, ema):
+                _save_pipeline(config, accelerator, pipeline, None)
+        return
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.learning_rate
+    lr_steps = {"num_warmup_steps": min(config.lr_warmup_steps, total_steps // 10), "num_training_steps": total_steps}
+    lr_scheduler = get_scheduler(config.lr_scheduler, optimizer, last_epoch=first_step - 1, **lr_steps)
     if is_main:
         truncate_log(output_dir, first_step)
     if config.log_with != "none":
         accelerator.init_trackers("logs")
+    accelerator.print(
+        f"Training on {device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}, "
+        f"precision {accelerator.mixed_precision}: {len(dataset):,} images, {total_steps - first_step:,} steps of "
+        f"{step_size}."
+    )
 
-    # 4. The loop.
+    # 2. The loop.
+    noise_levels = (teacher.timesteps if teacher else torch.arange(scheduler.config.num_train_timesteps)).to(device)
+    null_label = len(dataset.id2label or ()) if config.class_conditional else None
     accumulation, label_dropout = config.gradient_accumulation_steps, config.class_dropout_prob
     snr_limits = config.snr_gamma, teacher.snr_floor if teacher else None
     micro_steps = range(first_step * accumulation, total_steps * accumulation)
@@ -336,7 +230,7 @@ def _train(
     batches = image_batches(accelerator, dataset, ids, config.cache_dataset, config.dataloader_num_workers)
     bar = tqdm(total=total_steps, initial=first_step, desc="Training", unit="step", disable=not is_main)
     started, logged_at, step = time.monotonic() - seconds, time.monotonic(), first_step
-    running_loss, running_count = torch.zeros((), device=device), 0
+    running_loss, running_count = torch.zeros((), dtype=torch.float32, device=device), 0
     model.train()
     for micro_step, (images, class_labels) in zip(micro_steps, batches, strict=True):
         images = beyond_saturation(images, config.saturation_margin, levels)
@@ -362,38 +256,51 @@ def _train(
         step += 1
         bar.update()
 
+        # Several processes agree on a stop when they meet anyway, to log.
+        stops = accelerator.num_processes == 1 and signals.received is not None
         is_last = step == total_steps
-        checkpoint_due = is_last or step % config.checkpointing_steps == 0
+        checkpoint_due = stops or is_last or step % config.checkpointing_steps == 0
         epoch, previous_epoch = step * step_size // len(dataset), (step - 1) * step_size // len(dataset)
         grid_due = config.save_images_epochs > 0 and (
             is_last or epoch // config.save_images_epochs > previous_epoch // config.save_images_epochs
         )
         log_due = checkpoint_due or grid_due or step % config.logging_steps == 0
         if log_due:
+            told = torch.tensor([float(signals.received is not None), 0.0], device=device)
+            told[1] = running_loss / running_count
+            stopped, loss_value = accelerator.reduce(told, "mean").tolist()
+            checkpoint_due = checkpoint_due or stopped > 0
+            stops = stopped > 0
             entry = {
                 "step": step,
                 "epoch": round(step * step_size / len(dataset), 4),
                 "images": step * step_size,
-                "loss": accelerator.reduce(running_loss / running_count, "mean").item(),
+                "loss": loss_value,
                 "lr": lr_scheduler.get_last_lr()[0],
                 "images_per_second": round(running_count * batch_size / (time.monotonic() - logged_at), 1),
                 "seconds": round(time.monotonic() - started, 1),
             }
             _log(config, accelerator, unet, bar, entry)
-            running_loss, running_count = torch.zeros((), device=device), 0
+            running_loss, running_count = torch.zeros((), dtype=torch.float32, device=device), 0
         # The checkpoint comes last: a run that is killed before takes these steps again, and writes all of this again.
+        hashes: dict[str, str | None] = {}
         if (checkpoint_due or grid_due) and is_main:
             with _averaged_weights(unet, ema):
-                _save_pipeline(config, accelerator, pipeline, epoch if grid_due else None)
+                hashes = _save_pipeline(config, accelerator, pipeline, epoch if grid_due else None)
         if checkpoint_due:
-            seconds = time.monotonic() - started
-            save_checkpoint(accelerator, output_dir, step, seconds, config.checkpoints_total_limit)
+            progress = {"step": step, "seconds": round(time.monotonic() - started, 1), "pipeline": hashes}
+            averaged_weights = dict(zip(names, ema.shadow_params, strict=True))
+            save_checkpoint(accelerator, output_dir, progress, averaged_weights, config.checkpoints_total_limit)
         if log_due:
             accelerator.wait_for_everyone()
             logged_at = time.monotonic()
+        if stops:
+            break
     bar.close()
-    if step == first_step:
-        accelerator.print(f"{output_dir} is already trained ({total_steps} steps).")
+    if step != total_steps:
+        if signals.received is None and accelerator.num_processes == 1:
+            raise RuntimeError(f"The run ended after {step} of {total_steps} steps. Please report this.")
+        accelerator.print(f"Stopped after step {step} of {total_steps}. Give the same command again to go on.")
 
 
 def _log(
@@ -415,102 +322,13 @@ def _log(
         )
     bar.set_postfix(loss=f"{entry['loss']:.4f}", images_per_s=f"{entry['images_per_second']:.0f}")
     if accelerator.is_main_process:
-        with (config.output_dir / "train_log.jsonl").open("a", encoding="utf-8") as log:
+        with (
+            explain_write_errors(config.output_dir),
+            (config.output_dir / "train_log.jsonl").open("a", encoding="utf-8") as log,
+        ):
             log.write(json.dumps(entry) + "\n")
     tracked = {key: entry[key] for key in ("loss", "lr", "images_per_second", "epoch")}
     accelerator.log(tracked, step=entry["step"])
-
-
-def _new_model(config: TrainConfig, dataset: ImageDataset) -> tuple[MiniUNet2DModel, MiniDDIMScheduler]:
-    """Make the network and the scheduler that fit the configuration and the images.
-
-    Images or a setting that do not fit the pipeline to start from are a `ValueError`.
-    """
-    channels, height, width = dataset.shape
-    overrides: dict[str, Any] = {
-        "sample_size": height if height == width else (height, width),
-        "in_channels": channels,
-        "out_channels": channels,
-        "dropout": config.dropout,
-        # the last is the null label
-        "num_class_embeds": len(dataset.id2label or ()) + 1 if config.class_conditional else None,
-    }
-    unet: MiniUNet2DModel
-    if config.pretrained_model_name_or_path is not None:
-        source: Any = load_pipeline(config.pretrained_model_name_or_path)
-        if source.unet.config.in_channels != channels or source.unet.config.out_channels != channels:
-            raise ValueError(
-                f"{config.pretrained_model_name_or_path} generates images of {source.unet.config.in_channels} "
-                f"channels, but those of {config.dataset_name!r} have {channels}. Use other images, or omit "
-                "pretrained_model_name_or_path to train from scratch."
-            )
-        source_config = {**source.scheduler.config, **source.unet.config}
-        source_config["block_out_channels"] = tuple(source_config["block_out_channels"])
-        for name in _SETTINGS_OF_PRETRAINED:
-            value = getattr(config, name)
-            if value not in (getattr(TrainConfig, name), source_config.get(name)):
-                raise ValueError(
-                    f"{name}={value!r} conflicts with {config.pretrained_model_name_or_path}, whose network shape and "
-                    f"noise schedule are kept. Omit {name}, or omit pretrained_model_name_or_path to train from "
-                    "scratch."
-                )
-        unet = MiniUNet2DModel.from_config(source.unet.config, **overrides)
-        _copy_weights(source.unet, unet)
-        return unet, MiniDDIMScheduler.from_config(source.scheduler.config)
-    if config.block_out_channels is not None:
-        levels = len(config.block_out_channels)
-        overrides["block_out_channels"] = config.block_out_channels
-        overrides["down_block_types"] = ("DownBlock2D",) + ("AttnDownBlock2D",) * (levels - 1)
-    if config.layers_per_block is not None:
-        overrides["layers_per_block"] = config.layers_per_block
-    unet = MiniUNet2DModel.from_preset(config.preset, **overrides)
-    return unet, MiniDDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-    )
-
-
-@torch.no_grad()
-def _copy_weights(source: MiniUNet2DModel, target: MiniUNet2DModel) -> None:
-    """Copy the weights of `source`, so that `target` computes the same, whichever classes the two know.
-
-    If the classes differ in number, every label of `target` starts as the null label of `source`. If `target` has no
-    classes, the embedding of that null label is added to the bias that follows it.
-    """
-    weights = source.state_dict()
-    embedding = weights.pop("class_embedding.weight", None)  # (classes + 1, E)
-    bias = weights["time_embedding.linear_2.bias"]
-    if target.class_embedding is None:
-        if embedding is not None:
-            weights["time_embedding.linear_2.bias"] = bias + embedding[-1]
-    elif embedding is not None and embedding.shape == target.class_embedding.weight.shape:
-        weights["class_embedding.weight"] = embedding
-    else:
-        null = torch.zeros_like(bias) if embedding is None else embedding[-1]
-        weights["class_embedding.weight"] = null.expand_as(target.class_embedding.weight)
-    target.load_state_dict(weights)
-
-
-def _new_pipeline(
-    config: TrainConfig,
-    dataset: ImageDataset,
-    levels: Levels,
-    unet: MiniUNet2DModel,
-    scheduler: MiniDDIMScheduler,
-    teacher: Teacher | None,
-) -> Any:
-    """Make the pipeline that is saved."""
-    defaults = dict(teacher.pipeline_defaults if teacher else {})
-    # A level at the very end of the range needs no entry.
-    defaults |= {name: level for name, level in zip(("black_level", "white_level"), levels, strict=True)
-                 if level not in (None, 0, 255)}  # fmt: skip
-    if config.class_conditional:
-        defaults = {**defaults, "id2label": dataset.id2label}
-    pipeline_class: Any = MiniDDPMClassConditionalPipeline if config.class_conditional else MiniDDPMPipeline
-    pipeline = pipeline_class(unet, scheduler, **defaults)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @contextlib.contextmanager
@@ -526,16 +344,18 @@ def _averaged_weights(unet: MiniUNet2DModel, ema: EMAModel) -> Iterator[None]:
         ema.restore(unet.parameters())
 
 
-def _save_pipeline(config: TrainConfig, accelerator: Accelerator, pipeline: Any, epoch: int | None) -> None:
+def _save_pipeline(
+    config: TrainConfig, accelerator: Accelerator, pipeline: Any, epoch: int | None
+) -> dict[str, str | None]:
     """Write the pipeline and its card to `output_dir`, and a grid of samples if `epoch` is given.
 
-    A file that cannot be written is an `OSError`.
+    Return the hashes of the pipeline's files. A file that cannot be written is an `OSError`.
     """
-    save_pipeline(config.output_dir, pipeline)
+    hashes = save_pipeline(config.output_dir, pipeline)
     if epoch is not None:
         classes = list(pipeline.config.id2label)[:10] if config.class_conditional else []
         call: dict[str, Any] = {"class_labels": classes * 8} if classes else {"batch_size": 64}
-        call["num_inference_steps"] = min(default_steps(pipeline), pipeline.scheduler.config.num_train_timesteps)
+        call["num_inference_steps"] = default_steps(pipeline)
         generator = torch.Generator("cpu").manual_seed(config.seed)
         # Not compiled: a compiled network would be compiled again for this batch size.
         with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
@@ -544,3 +364,4 @@ def _save_pipeline(config: TrainConfig, accelerator: Accelerator, pipeline: Any,
             sample_grid(images, columns=len(classes) or 8).save(temporary)
     with explain_write_errors(config.output_dir):
         write_card(pipeline, config.output_dir)
+    return hashes
