@@ -184,7 +184,6 @@ def sample(config: SampleConfig) -> None:
             arrays |= {} if labels is None else {"class_labels": np.array(labels)}
             settings = {"scheduler": type(pipe.scheduler).__name__, **options, "dtype": config.dtype}
             settings |= {"device": choices.device_name(device), "unet_evaluations": evaluations}
-            settings |= {} if is_resumed else {"seconds_per_image": float(f"{seconds / count:.3g}")}
             np.savez_compressed(target, **arrays, settings=np.array(json.dumps(settings)))
         else:
             _save_folder(target, images, names)

@@ -110,10 +110,9 @@ COMMANDS = {"train": train, "distill": distill, "sample": sample, "evaluate": ev
 
 
 def prepare(root, command):
-    """Everything that the command reads."""
+    """Make everything that the command reads."""
     pictures(root / "pictures")
-    if command != "train":
-        train(root, root / "teacher")
+    train(root, root / "teacher")  # also for `train` itself: the forks then need not import everything anew
     if command == "evaluate":
         from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 

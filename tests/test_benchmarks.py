@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetMo
 
 from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline
 from mini_ddpm.data import image_dataset, to_model_range
+from mini_ddpm.evaluation.evaluate import read_samples
 from mini_ddpm.training.distill import DistillConfig, distill
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_classifier.py"
@@ -102,7 +103,7 @@ def test_speed_is_measured_beside_peers(tmp_path, benchmark):
     for row in ("draw, 2 steps, 2 images", "a training step, batch 2", "a DDIM step of the scheduler"):
         assert {"mini-ddpm", "diffusers"} <= set(rows[row])
         assert all(value > 0 for values in rows[row].values() for value in values)
-    assert rows["parameters"]["mini-ddpm"][0] == pytest.approx(2.957284)
+    assert rows["parameters"]["mini-ddpm"][0] == pytest.approx(2.976477)
     table = (tmp_path / "speed.md").read_text()
     assert (
         "| | Parameters, M | GFLOP an image | 1 image, s | 2 images, s | % of the peak | Training, images/s |" in table
@@ -226,3 +227,28 @@ def test_the_weights_are_trained_and_measured_by_one_command(quality, tiny, monk
 
     monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
     assert quality.main(args) == rows
+
+
+def test_the_run_on_a_gpu_is_rehearsed_on_a_cpu(benchmark, tmp_path):
+    """Every part that draws or trains, at a tiny size; what it draws is what `evaluate --samples` reads."""
+    gpu = benchmark("gpu")
+    generator = torch.Generator().manual_seed(0)
+    arrays = {}
+    for split, count in (("train", 24), ("test", 12)):
+        images = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        arrays |= {f"{split}_images": images.numpy(), f"{split}_labels": (torch.arange(count) % 3).numpy()}
+    np.savez(tmp_path / "packed.npz", **arrays)
+    args = gpu.Args(
+        data=str(tmp_path / "packed.npz"), output=tmp_path / "out", device="cpu", batch_size=4, minutes=1.0,
+        images_per_second=4.0, images_per_round=8, draw_batch_size=5, num_images=12, num_final_images=16,
+        num_inference_steps=2, block_out_channels=(32,),
+        only=("class-conditional", "samples", "unconditional", "sharpen", "final-samples", "students"),
+    )  # fmt: skip
+    gpu.main(args)
+    result = json.loads(next((tmp_path / "out").glob("gpu-*.json")).read_text())
+    assert not [name for name in args.only if "error" in result[name]], result
+    names = {path.stem for path in (tmp_path / "out").glob("*.safetensors")}
+    assert {"class-conditional", "class-conditional-early", "unconditional", "steps-4", "steps-2", "steps-1"} <= names
+    images, labels, row = read_samples(tmp_path / "out" / "samples-eta-0.7.npz", 100)
+    assert images.shape == (12, 1, 8, 8) and labels.tolist() == arrays["test_labels"].tolist()
+    assert (row["num_inference_steps"], row["eta"], row["unet_evaluations"]) == (2, 0.7, 2)

@@ -223,6 +223,8 @@ def test_the_estimate_adds_up_what_is_left(
     assert [train_config.max_train_steps for train_config in rounds] == [200, 200, 400, 400]
     for checkpoint in ("steps-8/checkpoint-100", "steps-8/checkpoint-150", "steps-2/checkpoint-50"):
         (tmp_path / checkpoint).mkdir(parents=True)
+        progress = {"step": int(checkpoint.rpartition("-")[2]), "seconds": 1.0, "files": {}, "pipeline": {}}
+        (tmp_path / checkpoint / "progress.json").write_text(json.dumps(progress))
     seconds = _estimate(config, student_unet, teacher, rounds)
 
     # An optimizer step sees twelve images, each twice through the teacher and once through the student.

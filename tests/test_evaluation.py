@@ -616,6 +616,24 @@ def test_figures_are_those_of_the_drawn_images(parts, measured):
     assert row["memorization"] == pytest.approx(copies.mean(), abs=1e-4)
 
 
+def test_samples_drawn_before_are_measured_as_those_drawn_now(parts, tmp_path, capsys):
+    command = ["sample", str(parts / "plain"), "--num-images", "24", "--steps", "3", "--eta", "0.5", "--device", "cpu"]
+    assert mini_ddpm_cli.main([*command, "--out", str(tmp_path / "x.npz")]) == 0
+    settings = {"num_inference_steps": (3,), "schedulers": (), "eta": 0.5}
+    drawn = evaluate(config(parts, tmp_path / "drawn", "plain", **settings))[-1]
+    read = evaluate(config(parts, tmp_path / "read", "plain", samples=tmp_path / "x.npz", num_images=10_000))[-1]
+    assert {key: drawn[key] for key in read} == read and drawn.keys() - read.keys() == {"seconds_per_image"}
+    assert (
+        evaluate(config(parts, tmp_path / "few", "plain", samples=tmp_path / "x.npz", num_images=12))[-1]["num_images"]
+        == 12
+    )
+    np.savez(tmp_path / "bare.npz", images=np.zeros((24, 8, 8, 1), dtype=np.uint8))
+    (tmp_path / "text.npz").write_text("no arrays")
+    for name in ("bare.npz", "text.npz"):
+        with pytest.raises(ValueError, match=rf"{name}' must be a file that `mini-ddpm sample --out FILE.npz` wrote"):
+            evaluate(config(parts, tmp_path / "bad", "plain", samples=tmp_path / name))
+
+
 def test_floor_of_a_split_against_itself_is_zero(parts, tmp_path):
     rows = evaluate(config(parts, tmp_path, "plain", other_split="test", schedulers=(), num_inference_steps=(1,)))
     floor = rows[0]
@@ -701,6 +719,7 @@ def test_defaults(parts, tmp_path, monkeypatch):
         "split": "test",
         "other_split": None,
         "train_split": "train",
+        "samples": None,
         "resolution": None,
         "num_images": 10_000,
         "num_inference_steps": (),

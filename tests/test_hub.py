@@ -650,7 +650,7 @@ def test_bounds_hold_for_networks_of_diffusers(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of their own
 @pytest.mark.parametrize(
-    "name", [c.__name__ for c in MiniDDIMScheduler()._get_compatibles() if "EDM" not in c.__name__]
+    "name", sorted(c.__name__ for c in MiniDDIMScheduler()._get_compatibles() if "EDM" not in c.__name__)
 )
 def test_schedulers_of_diffusers_open_as_before(run_folder, tmp_path, name):
     """Their own values fit their annotations, also -inf and those that are annotated wrongly."""

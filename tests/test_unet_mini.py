@@ -1,5 +1,6 @@
 """The U-Net: any size, any dtype, every parameter used, and the small pieces equal to their formulas."""
 
+import json
 import math
 
 import numpy as np
@@ -308,3 +309,43 @@ def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         MiniUNet2DModel.from_pretrained(tmp_path)
     assert seen == [{"use_safetensors": True}, {"use_safetensors": True, "local_files_only": True}]
+
+
+def test_a_new_head_changes_nothing_and_sees_across_the_patches():
+    torch.manual_seed(0)
+    plain = MiniUNet2DModel(block_out_channels=(32, 32), layers_per_block=1, out_channels=2).eval()
+    torch.manual_seed(0)
+    with_head = MiniUNet2DModel(
+        block_out_channels=(32, 32), layers_per_block=1, out_channels=2, head_channels=3
+    ).eval()
+    with torch.no_grad():
+        for name in ("weight", "bias"):  # the first channels of the patches are the prediction
+            getattr(with_head.conv_out, name)[: 2 * 4] = getattr(plain.conv_out, name)
+    weights = plain.state_dict()
+    weights |= {key: value for key, value in with_head.state_dict().items() if "conv_out" in key or "head" in key}
+    with_head.load_state_dict(weights)
+    sample = torch.randn(2, 1, 9, 12)
+    expected = plain(sample, 5).sample
+    torch.testing.assert_close(with_head(sample, 5).sample, expected)
+    torch.nn.init.normal_(with_head.head.conv2.weight)
+    with torch.no_grad():
+        for parameter in with_head.conv_out.parameters():
+            parameter.zero_()
+    changed = sample.clone()
+    changed[0, 0, 3, 3] += 1  # the last pixel of a patch
+    difference = (with_head(changed, 5).sample - with_head(sample, 5).sample)[0].abs().sum(0)
+    assert difference[4, 4] > 0  # and the first of the next
+    assert difference[1:6, 1:6].sum().item() == pytest.approx(
+        difference.sum().item()
+    )  # two convolutions reach two pixels
+
+
+def test_networks_saved_without_a_head_load_as_they_were(tmp_path):
+    unet = MiniUNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), layers_per_block=1)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["head_channels"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = MiniUNet2DModel.from_pretrained(tmp_path)
+    assert loaded.head is None
+    assert torch.equal(loaded(torch.ones(1, 1, 4, 4), 3).sample, unet.eval()(torch.ones(1, 1, 4, 4), 3).sample)

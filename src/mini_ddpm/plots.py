@@ -312,16 +312,19 @@ def evaluation_curves(rows: Sequence[dict[str, Any]]) -> Image.Image:
 
     titles = {"fid": "FID", "frechet_distance": "Fréchet distance"}
     name = next(key for key in titles if any(key in row for row in rows))
-    labels = {"unet_evaluations": "network evaluations per image", "seconds_per_image": "seconds per image"}
+    labels = {"unet_evaluations": "network evaluations per image"}
+    if any("seconds_per_image" in row for row in rows):
+        labels["seconds_per_image"] = "seconds per image"
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["images"] == "generated":
             legend = row["scheduler"].removesuffix("Scheduler") + sampling_options(row)
             curves.setdefault(legend, []).append(row)
-    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), labels.items(), strict=True):
+    panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for legend, curve in curves.items():
-            curve = sorted(curve, key=lambda row: row[key])
+            curve = sorted((row for row in curve if key in row), key=lambda row: row[key])
             axes.plot([row[key] for row in curve], [row[name] for row in curve], "o-", label=legend)
         for row in rows:
             if row["images"] == "real" and row[name] > 0:  # the axis is logarithmic
