@@ -97,7 +97,7 @@ def evaluate(root, folder):
             str(root / "pictures"),
             split="train",
             other_split="train",
-            num_images=8,
+            num_images=12,
             num_inference_steps=(2,),
             feature_extractor=str(root / "features"),
             device="cpu",
@@ -167,13 +167,21 @@ def killed_at(point, folder, call):
     call()
 
 
+def digest(path):
+    """The hash of what a file holds, beside times."""
+    if path.is_dir() or path.name in VOLATILE or path.suffix in (".bin", ".pkl"):
+        return ""
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            parts = [arrays[name].tobytes() for name in sorted(arrays.files) if name != "cost"]
+    else:
+        parts = [path.read_bytes()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
 def content(folder):
-    """By name, what a folder holds: the hash of a file, unless it holds times."""
-    return {
-        str(path.relative_to(folder)): "" if path.name in VOLATILE or path.suffix in (".bin", ".pkl") or path.is_dir()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-    }  # fmt: skip
+    """By name, what a folder holds."""
+    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*"))}
 
 
 def walk(command, root, every):
