@@ -266,7 +266,7 @@ def _take_steps(
         )
         log_due = checkpoint_due or grid_due or step % config.logging_steps == 0
         if log_due:
-            told = torch.tensor([float(signals.received is not None), 0.0], device=device)
+            told = torch.tensor([float(signals.received is not None), 0.0], dtype=torch.float32, device=device)
             told[1] = running_loss / running_count
             stopped, loss_value = accelerator.reduce(told, "mean").tolist()
             checkpoint_due = checkpoint_due or stopped > 0
