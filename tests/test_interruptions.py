@@ -248,6 +248,15 @@ def test_a_damaged_progress_is_no_checkpoint(config, whole, capsys, text):
     assert "checkpoint-8.old" in names(config.output_dir)  # it is not ours to delete
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(config, whole):
+    cut(whole / "checkpoint-8" / "model.safetensors")
+    config = dataclasses.replace(config, output_dir=whole, checkpointing_steps=1, checkpoints_total_limit=1)
+    train(dataclasses.replace(config, max_train_steps=7))
+    kept = {name for name in names(whole) if name.startswith("checkpoint")}
+    assert kept == {"checkpoint-7", "checkpoint-8"}  # the damaged one is left for a person to look at
+    train(dataclasses.replace(config, max_train_steps=7))  # goes on from the whole one
+
+
 def test_without_a_whole_checkpoint_the_run_does_not_start_again(config, whole):
     for checkpoint in whole.glob("checkpoint-*"):
         cut(checkpoint / "model.safetensors")

@@ -261,8 +261,15 @@ def save_checkpoint(
                 hashes = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
                 text = json.dumps({**progress, "files": hashes}, indent=2) + "\n"
                 (folder / "progress.json").write_text(text, encoding="utf-8")
-        for old in list_checkpoints(output_dir)[:-limit] if is_main else ():
-            discard(old)
+        if is_main:
+            keep_last_checkpoints(output_dir, progress["step"], limit)
+
+
+def keep_last_checkpoints(output_dir: Path, step: int, limit: int) -> None:
+    """Remove the checkpoints up to `step`, the last whole one, but for the last `limit`."""
+    checkpoints = list_checkpoints(output_dir)
+    for old in [path for path in checkpoints if checkpoint_step(path) <= step][:-limit]:
+        discard(old)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, torch.Tensor]:

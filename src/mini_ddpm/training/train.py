@@ -36,6 +36,7 @@ from .checkpoints import (
     claimed_folder,
     explain_write_errors,
     is_whole_pipeline,
+    keep_last_checkpoints,
     last_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -149,6 +150,8 @@ def _train(
         ((checkpoint, progress),) = broadcast_object_list([found])
         if checkpoint is not None and progress["step"] >= total_steps:
             accelerator.print(f"{config.output_dir} is already trained ({progress['step']} steps).")
+            if accelerator.is_main_process:
+                keep_last_checkpoints(config.output_dir, progress["step"], config.checkpoints_total_limit)
             if is_whole_pipeline(config.output_dir, progress):
                 return
         _take_steps(
