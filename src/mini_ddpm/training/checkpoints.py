@@ -7,7 +7,6 @@ optimizer and of the random generators with `weights_only=True`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import atomic_write, discard, flush, is_running, remove, write_text
+from ..pipelines.portable import sha256
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,8 +122,8 @@ def file_hash(file: Path) -> str | None:
     """Return the SHA-256 of a file, or `None` if it is no regular file or cannot be read."""
     if not file.is_file():
         return None
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with contextlib.suppress(OSError):
+        return sha256(file)
     return None
 
 
