@@ -1,4 +1,4 @@
-"""The command line: `mini-ddpm sample`, `train`, `distill`, `evaluate`, `card`, `push`, `verify`.
+"""The command line: `mini-ddpm sample`, `train`, `distill`, `plot`, `evaluate`, `card`, `push`, `verify`.
 
 Importing the package `mini_ddpm` imports torch and diffusers (5 s). This module is outside the package, so that
 `mini-ddpm --help` does not wait for them. Each command imports what it needs when it runs.
@@ -7,18 +7,23 @@ Importing the package `mini_ddpm` imports torch and diffusers (5 s). This module
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
+import inspect
 import io
+import itertools
 import json
 import math
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +40,9 @@ if TYPE_CHECKING:
 
 # Help texts show PIPELINE instead of [STR], and INT instead of {None}|INT.
 _TYRO = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
+_CONFIG_HELP = "--config PATH starts from the settings of a run: its folder or train_config.json. Other flags win."
+# The flag that is probably meant by a word without a flag.
+_FLAGS_OF_WORDS = dict.fromkeys(("train", "distill", "evaluate"), "--dataset-name") | {"sample": "--class-labels"}
 _FILM_SUFFIXES = (".gif", ".webp")
 _FILES_OF_A_SAMPLE_FOLDER = re.compile(r"\d{5,}(_[\w-]+)?\.png")
 
@@ -135,7 +143,7 @@ def sample(config: SampleConfig) -> None:
         pipe.to(device)
 
         rows = 2 if is_film else 10  # noise does not compress: a film of 100 images would have 15 MB
-        labels, names, columns = _labels(pipe, config.class_labels, config.num_images, rows)
+        labels, names, columns = choices.resolve_labels(pipe, config.class_labels, config.num_images, rows)
         count = len(labels) if labels else config.num_images or (16 if is_film else 64)
         steps = choices.default_steps(pipe) if config.num_inference_steps is None else config.num_inference_steps
         options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
@@ -158,11 +166,9 @@ def sample(config: SampleConfig) -> None:
             images = film.images  # (B, H, W, C)
         else:
             work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": config.batch_size, "shared": True}
-            work["folder"] = shard_folder if has_shards else None
+            work |= {"seed": config.seed, "title": title, "folder": shard_folder if has_shards else None}
             try:
-                tensor, _, evaluations = draw(
-                    pipe, count, options, labels=labels, seed=config.seed, title=title, **work
-                )
+                tensor, _, evaluations = draw(pipe, count, options, labels=labels, **work)
             except KeyboardInterrupt as stop:
                 if shard_folder.is_dir():
                     saved = f"Finished batches are saved in {shard_folder}. Run the same command again to resume."
@@ -222,7 +228,47 @@ def evaluate(config: EvaluateConfig) -> None:
     from mini_ddpm.evaluation import evaluate as evaluation
 
     _hide_loading_bar()
-    print(evaluation.markdown_table(evaluation.evaluate(config)), end="")
+    if rows := evaluation.evaluate(config, shared=True):  # rank 0 has them
+        print(evaluation.markdown_table(rows), end="")
+
+
+@dataclass
+class PlotConfig:
+    """Plot a training run: loss, loss by noise level, learning rate, gradient norm, and its noise schedule."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run. Of a distillation, one of its folders, such as steps-4."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps of the noised images. Default: 0 200 500 999, scaled to the run's number of timesteps."""
+    dataset_name: str | None = None
+    """Show the first two images of this dataset's train split noised: Hub id, folder, or .parquet file. Default: two
+    images that the run's pipeline draws."""
+    out: Path | None = None
+    """*.png. Default: plot.png in the folder of the run."""
+
+    def __post_init__(self) -> None:
+        """Expand `~`."""
+        self.run = Path(os.path.expanduser(self.run))
+        self.out = None if self.out is None else Path(os.path.expanduser(self.out))
+
+
+def plot(config: PlotConfig) -> None:
+    """Plot a training run: its curves and its noise schedule."""
+    out = config.run / "plot.png" if config.out is None else config.out
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"--out={out} must be a file that ends in .png.")
+
+    from mini_ddpm.curves import run_curves
+    from mini_ddpm.data import image_dataset
+    from mini_ddpm.files import atomic_write
+
+    _hide_loading_bar()
+    dataset = None if config.dataset_name is None else image_dataset(config.dataset_name, "train[:2]")
+    images = None if dataset is None else [dataset[index]["images"] for index in range(len(dataset))]
+    picture = run_curves(config.run, images=images, timesteps=config.timesteps or None)
+    with atomic_write(out) as temporary:
+        picture.save(temporary)
+    print(f"{out}: {picture.width}x{picture.height}")
 
 
 @dataclass
@@ -317,6 +363,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli:SampleConfig"),
     "train": (train, "mini_ddpm.training.config:TrainConfig"),
     "distill": (distill, "mini_ddpm.training.distill:DistillConfig"),
+    "plot": (plot, "mini_ddpm_cli:PlotConfig"),
     "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate:EvaluateConfig"),
     "card": (card, "mini_ddpm_cli:CardConfig"),
     "push": (push, "mini_ddpm_cli:PushConfig"),
@@ -407,18 +454,62 @@ def parse(argv: Sequence[str]) -> Any:
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; choose one of {', '.join(COMMANDS)}, or --help.")
     config = pkgutil.resolve_name(COMMANDS[command][1])
+    options: dict[str, Any] = {"prog": f"mini-ddpm {command}", "config": _TYRO}
+    if command == "train":
+        options["description"] = f"{inspect.getdoc(config)}\n\n{_CONFIG_HELP}"
+        flags = [word for flag in flags for word in re.split(r"(?<=^--config)=", flag)]
+        if "--config" in flags:
+            from mini_ddpm.options import saved_config
+
+            at = flags.index("--config")
+            options["default"] = saved_config(config, "".join(flags[at + 1 : at + 2]))
+            del flags[at : at + 2]
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(config, prog=f"mini-ddpm {command}", args=flags, config=_TYRO)
+            parsed, unknown = tyro.cli(config, args=flags, return_unknown_args=True, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
+    else:
+        if command == "sample" and (parsed.pipeline or "").isdecimal() and not Path(parsed.pipeline).is_dir():
+            unknown = [parsed.pipeline, *unknown]  # a class, unless a folder is called so
+        if not unknown:
+            return parsed
+        raise ValueError(f"{_explain_unknown(command, config, unknown)} See mini-ddpm {command} --help.")
     # tyro prints a box with a title and a message, then a horizontal rule and the argument's help. Keep the message.
     lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
     rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     message = " ".join(lines[:rule]) or stderr.getvalue()
     raise ValueError(f"{message.rstrip('.')}. See mini-ddpm {command} --help.")
+
+
+def _explain_unknown(command: str, config: Any, unknown: Sequence[str]) -> str:
+    """Return what is wrong with words that no flag takes, and which flag may be meant."""
+    word, _, value = unknown[0].partition("=")
+    values = [value] if value else list(itertools.takewhile(lambda word: not word.startswith("-"), unknown[1:]))
+    if word.startswith("-"):
+        found, told = _similar_flags(word, config), f"unknown option {word}."
+    else:
+        found, told = _FLAGS_OF_WORDS.get(command, "").split(), f"unexpected argument {unknown[0]!r}."
+        values = [unknown[0], *values]
+    if len(found) == 1:
+        return f"{told} Did you mean {shlex.join([*found, *values])}?"
+    return f"{told} Did you mean one of {', '.join(found)}?" if found else told
+
+
+def _similar_flags(word: str, config: Any) -> list[str]:
+    """Return the flags of a command that hold the words of `word`, or their beginnings; else the most similar one."""
+    flags: dict[str, str] = {}  # the flag of each field, by its name and its aliases
+    for field, hint in typing.get_type_hints(config, include_extras=True).items():
+        extras, names = getattr(hint, "__metadata__", ()), [field.replace("_", "-")]
+        names += [alias.strip("-") for extra in extras for alias in getattr(extra, "aliases", None) or ()]
+        if "Positional" not in map(str, extras):
+            flags |= dict.fromkeys(names, f"--{names[0]}")
+    asked = word.strip("-").replace("_", "-").lower()
+    pattern = re.compile("(.*-)?" + ".*-".join(map(re.escape, asked.split("-"))))
+    holding = [name for name in flags if len(asked) > 2 and pattern.match(name)]
+    return list(dict.fromkeys(flags[name] for name in holding or difflib.get_close_matches(asked, flags, 1, 0.7)))
 
 
 def _hide_loading_bar() -> None:
@@ -441,23 +532,6 @@ def _check_output(out: Path) -> None:
         foreign = [path.name for path in out.iterdir() if not _FILES_OF_A_SAMPLE_FOLDER.fullmatch(path.name)]
         if foreign:
             raise ValueError(f"--out={out} holds other files ({foreign[0]}, ...). Choose a new or an empty folder.")
-
-
-def _labels(
-    pipe: Any, chosen: Sequence[str], count: int | None, rows: int
-) -> tuple[list[int] | None, list[str] | None, int | None]:
-    """Return the class label of every image, their names, and the number of columns that gives each class a column."""
-    if not hasattr(pipe, "get_label_ids"):
-        if chosen:
-            raise ValueError(f"--class-labels={' '.join(chosen)}: the pipeline is unconditional. Omit the labels.")
-        return None, None, None
-    names = pipe.config.id2label or {}
-    if chosen:
-        cycle = pipe.get_label_ids([int(x) if x.isdecimal() and x not in names.values() else x for x in chosen])
-    else:
-        cycle = list(range(pipe.unet.config.num_class_embeds - 1))  # the last label is the null label
-    labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if chosen else rows))]
-    return labels, [names.get(label, str(label)) for label in labels], len(cycle) if len(cycle) <= 20 else None
 
 
 def _save_folder(folder: Path, images: np.ndarray[Any, Any], names: Sequence[str] | None) -> None:

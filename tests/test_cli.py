@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,8 +24,9 @@ from mini_ddpm import (
     MiniDDPMPipeline,
     MiniUNet2DModel,
 )
-from mini_ddpm.options import SCHEDULERS
+from mini_ddpm.options import SCHEDULERS, resolve_labels
 from mini_ddpm.plots import sample_grid
+from mini_ddpm.training.config import TrainConfig
 
 NAMES = ["coat", "ankle boot", "bag"]
 
@@ -206,10 +208,8 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
     )
     assert answer.returncode == 2
-    assert answer.stderr == (
-        "mini-ddpm: unknown command 'smaple'; choose one of sample, train, distill, evaluate, card, push, verify, "
-        "or --help.\n"
-    )
+    commands = "sample, train, distill, plot, evaluate, card, push, verify"
+    assert answer.stderr == f"mini-ddpm: unknown command 'smaple'; choose one of {commands}, or --help.\n"
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_numbers_of_images(tmp_path, conditional, unconditional):
 @pytest.mark.parametrize(("classes", "columns"), [(20, 20), (21, None)])
 def test_a_column_for_each_of_up_to_twenty_classes(classes, columns):
     pipe = MiniDDPMClassConditionalPipeline(tiny_unet(num_class_embeds=classes + 1), MiniDDIMScheduler())
-    labels, names, found = mini_ddpm_cli._labels(pipe, (), None, 2)
+    labels, names, found = resolve_labels(pipe, (), None, 2)
     assert labels == list(range(classes)) * 2 and names == [str(label) for label in labels] and found == columns
 
 
@@ -445,6 +445,46 @@ def test_bad_arguments_are_one_line_and_exit_code_2(conditional, capsys, monkeyp
     assert captured.out == "" and os.listdir(tmp_path) == []
 
 
+HINTS = [
+    ("sample 3", "unexpected argument '3'. Did you mean --class-labels 3?"),
+    ("sample 3 1 4 --steps 5", "unexpected argument '3'. Did you mean --class-labels 3 1 4?"),
+    ("sample mnist coat", "unexpected argument 'coat'. Did you mean --class-labels coat?"),
+    ("sample --class-label 3", "unknown option --class-label. Did you mean --class-labels 3?"),
+    ("sample --class_label=3 --seed 1", "unknown option --class_label. Did you mean --class-labels 3?"),
+    ("sample --num-steps 20", "unknown option --num-steps. Did you mean --num-inference-steps 20?"),
+    ("sample --stpes 20", "unknown option --stpes. Did you mean --num-inference-steps 20?"),
+    ("sample --num 20", "unknown option --num. Did you mean one of --num-images, --num-inference-steps?"),
+    ("sample --pipeline mnist", "unknown option --pipeline."),
+    ("sample --ab 1", "unknown option --ab."),
+    ("train ylecun/mnist", "unexpected argument 'ylecun/mnist'. Did you mean --dataset-name ylecun/mnist?"),
+    ("train --batch-size 8", "unknown option --batch-size. Did you mean --train-batch-size 8?"),
+    ("evaluate mnist my/set", "unexpected argument 'my/set'. Did you mean --dataset-name my/set?"),
+    ("evaluate mnist --dataset x", "unknown option --dataset. Did you mean --dataset-name x?"),
+    ("distill mnist --image-colum x", "unknown option --image-colum. Did you mean --image-column x?"),
+    ("push a b c", "unexpected argument 'c'."),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), HINTS)
+def test_words_that_no_flag_takes_are_answered_with_the_flag_that_is_meant(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        mini_ddpm_cli.parse(command.split())
+    assert str(error.value) == f"{message} See mini-ddpm {command.split()[0]} --help."
+
+
+def test_a_folder_may_be_called_by_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "3").mkdir()
+    assert mini_ddpm_cli.parse(["sample", "3"]).pipeline == "3"
+
+
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "mnist"], ["distill", "mnist"]])
+def test_steps_have_one_name_in_every_command(command):
+    one, other = (mini_ddpm_cli.parse([*command, flag, "4"]) for flag in ("--num-inference-steps", "--steps"))
+    assert one == other and one.num_inference_steps in (4, (4,))
+
+
 def test_labels_and_guidance_need_a_conditional_pipeline(unconditional, capsys, tmp_path):
     out = tmp_path / "x.png"
     assert run("sample", unconditional, "--class-labels", 3, "--out", out) == 2
@@ -534,3 +574,124 @@ def test_train_without_images_is_one_line(tmp_path, capsys):
     assert run("train", "--dataset-name", tmp_path / "empty", "--output-dir", tmp_path / "run") == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("mini-ddpm: ") and "empty" in err
+
+
+# ---- train --config -----------------------------------------------------------------------------------------------
+
+
+def settings_of(config: TrainConfig, **more) -> dict:
+    """What a run writes to its train_config.json."""
+    settings = vars(config) | {"global_batch_size": 8, "dataset": {"images": 16}}
+    return json.loads(json.dumps(settings | more, default=str))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Write a train_config.json, and return its folder."""
+
+    def write(config: TrainConfig = TrainConfig(), name: str = "train_config.json", **more) -> Path:  # noqa: B008
+        folder = tmp_path / "mine"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(settings_of(config, **more)))
+        return folder
+
+    return write
+
+
+MINE = TrainConfig(
+    "some/data",
+    output_dir=Path("runs/elsewhere"),
+    resolution=16,
+    train_batch_size=8,
+    cache_dataset=False,
+    class_conditional=True,
+    block_out_channels=(32, 64, 64),
+    snr_gamma=5.0,
+    log_with="none",
+    adam_beta2=0.95,
+)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), MINE])
+def test_the_settings_of_a_run_are_given_back(saved, config):
+    folder = saved(config)
+    for path in (folder, folder / "train_config.json"):
+        for flags in (["--config", str(path)], [f"--config={path}"]):
+            # Without an output folder it is the same run, also after its folder was moved.
+            assert mini_ddpm_cli.parse(["train", *flags]) == dataclasses.replace(config, output_dir=folder)
+            again = mini_ddpm_cli.parse(["train", *flags, "--output-dir", "again"])
+            assert again == dataclasses.replace(config, output_dir=Path("again"))
+            assert settings_of(again) == settings_of(config) | {"output_dir": "again"}
+    saved(config, "best.json")
+    assert mini_ddpm_cli.parse(["train", "--config", str(folder / "best.json")]) == config
+
+
+def test_flags_beside_the_settings_of_a_run_win(saved):
+    flags = [
+        "--seed",
+        "7",
+        "--no-class-conditional",
+        "--block-out-channels",
+        "8",
+        "16",
+        "--dataset-name",
+        "other",
+    ]
+    expected = dataclasses.replace(
+        MINE, seed=7, class_conditional=False, block_out_channels=(8, 16), dataset_name="other"
+    )
+    config = ["--config", str(saved(MINE) / "train_config.json")]
+    for order in ([*config, *flags], [*flags, *config]):
+        assert mini_ddpm_cli.parse(["train", *order, "--output-dir", "runs/elsewhere"]) == expected
+
+
+def test_help_tells_of_the_settings_of_a_run(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    assert "--config PATH starts from the settings of a run: its folder or train_config.json" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"unet": "MyUNet"}, "the unet of this run was given in Python, and no file holds it. Call mini_ddpm.train"),
+        ({"loss_fn": "my.loss"}, "the loss_fn of this run was given in Python"),
+        ({"dataset_name": None}, "the dataset of this run was given in Python"),
+        ({"distilled_from": "mnist", "num_inference_steps": 4}, "Repeat it with: mini-ddpm distill mnist"),
+        ({"colour": 1}, "has the setting 'colour', which this version does not know"),
+        ({"seed": "one"}, "train_config.json: seed='one' must be a whole number"),
+        ({"beta_schedule": "steep"}, "train_config.json: beta_schedule='steep' must be one of"),
+    ],
+)
+def test_settings_that_make_no_run_are_one_line(saved, capsys, more, message):
+    folder = saved(**more)
+    assert run("train", "--config", folder, "--output-dir", folder / "x") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err and str(folder / "train_config.json") in err
+    assert os.listdir(folder) == ["train_config.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"seed": 1}', "[" * 100_000])
+def test_files_that_hold_no_settings_are_one_line(tmp_path, capsys, content):
+    (tmp_path / "x.json").write_text(content)
+    for path, message in ((tmp_path / "x.json", "holds no settings of a training run"), (tmp_path, "there is no")):
+        assert run("train", "--config", path, "--output-dir", tmp_path / "out") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and message in err
+    assert run("train", "--output-dir", tmp_path / "out", "--config") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_is_repeated_from_its_own_settings(tmp_path, pictures):
+    flags = ("--max-train-steps", 2, "--train-batch-size", 4, "--block-out-channels", 8, 16, "--layers-per-block", 1)
+    flags += ("--device", "cpu", "--log-with", "none", "--save-images-epochs", 0, "--beta-schedule", "cosine")
+    assert run("train", "--dataset-name", pictures, "--output-dir", tmp_path / "mine", *flags) == 0
+    assert run("train", "--config", tmp_path / "mine", "--output-dir", tmp_path / "again") == 0
+    mine, again = (json.loads((tmp_path / name / "train_config.json").read_text()) for name in ("mine", "again"))
+    assert again == mine | {"output_dir": str(tmp_path / "again")}
+    weights = [tmp_path / name / "unet/diffusion_pytorch_model.safetensors" for name in ("mine", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert run("train", "--config", tmp_path / "again", "--max-train-steps", 3) == 0  # the same folder goes on
+    assert sorted(path.name for path in (tmp_path / "again").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]

@@ -546,8 +546,11 @@ def test_from_tensors(make_pixels):
 @pytest.mark.parametrize(
     ("images", "labels", "id2label", "text"),
     [
-        (torch.zeros(2, 1, 4, 4), None, None, "torch.float32 of (2, 1, 4, 4)"),
-        (torch.zeros(2, 4, 4, dtype=torch.uint8), None, None, "(N, C, H, W)"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.int64), None, None, "torch.int64"),
+        (torch.full((2, 1, 4, 4), 255.0), None, None, "from 255 to 255"),
+        (torch.full((2, 1, 4, 4), -1.1), None, None, "from -1.1 to -1.1"),
+        (torch.full((2, 1, 4, 4), float("nan")), None, None, "from nan"),
+        (torch.zeros(4, 4, dtype=torch.uint8), None, None, "(N, C, H, W)"),
         (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), None, None, "C = 1 or 3"),
         (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), None, None, "(0, 1, 4, 4)"),
         (None, torch.zeros(3, dtype=torch.int64), None, "2 class indices"),

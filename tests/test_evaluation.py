@@ -42,6 +42,7 @@ from mini_ddpm.evaluation.features import (
     extract_features,
     fetch_inception,
     inception_extractor,
+    load_classifier,
     transformers_extractor,
 )
 from mini_ddpm.evaluation.metrics import (
@@ -366,6 +367,9 @@ def test_networks_that_give_no_features(tmp_path):
     ViTForImageClassification(vit_config()).save_pretrained(tmp_path / "headless")
     with pytest.raises(ValueError, match="headless' has no weights for pooler"):
         transformers_extractor(str(tmp_path / "headless"))
+    ViTModel(vit_config()).save_pretrained(tmp_path / "unclassed")
+    with pytest.raises(ValueError, match="classifier='.*unclassed' has no weights for classifier"):
+        load_classifier(str(tmp_path / "unclassed"), None, "cpu")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="text' is not a vision model: it takes input_ids"):
@@ -540,6 +544,8 @@ def test_rows_and_files(parts, measured):
             "reference_hash": rows[0]["protocol"]["reference_hash"],
             "num_images": 24,
             "seed": 0,
+            "classifier": "classifier",
+            "classifier_hash": rows[0]["protocol"]["classifier_hash"],
         }
         assert row["num_images"] == 24 and row["frechet_distance"] > 0 and "fid" not in row
         assert 0 <= row["memorization"] <= 1 and 0 <= row["class_accuracy"] <= 1
@@ -563,7 +569,8 @@ def test_rows_and_files(parts, measured):
         cells = [cell.strip() for cell in line.split("|")]
         for name, text in (("precision", "{:.3f}"), ("class_accuracy", "{:.2%}"), ("unet_evaluations", "{}")):
             assert text.format(row[name]) in cells
-    assert "24 images (seeds from 0) against the 24 of images test; features of features in fp32" in lines[-1]
+    assert "24 images (seeds from 0) against the 24 of images test; features of features in fp32; " in lines[-1]
+    assert f"; class accuracy by classifier ({rows[0]['protocol']['classifier_hash']}). Drawn on" in lines[-1]
 
 
 def test_figures_are_those_of_the_drawn_images(parts, measured):
@@ -719,6 +726,8 @@ def test_defaults(parts, tmp_path, monkeypatch):
         "split": "test",
         "other_split": None,
         "train_split": "train",
+        "image_column": None,
+        "label_column": None,
         "samples": None,
         "resolution": None,
         "num_images": 10_000,
@@ -872,6 +881,116 @@ def test_table_of_two_protocols_is_refused(measured):
     other = measured.rows[1] | {"protocol": measured.rows[1]["protocol"] | {"num_images": 50_000}}
     with pytest.raises(ValueError, match="num_images=24 and num_images=50000 cannot be compared"):
         markdown_table([*measured.rows, other])
+
+
+def test_class_accuracies_of_two_classifiers_never_share_a_table(parts, measured, again, tmp_path):
+    one = {"num_inference_steps": (3,), "schedulers": ("ddim",)}
+    before = (again / "evaluation.json").read_bytes()
+    tiny_resnet(tmp_path / "classifier", seed=1, cls=ResNetForImageClassification, num_labels=3)
+    with pytest.raises(
+        ValueError,
+        match=r"another protocol. Class accuracies with classifier=classifier \((\w{16})\) and "
+        r"classifier=classifier \((?!\1)\w{16}\) cannot be compared.*another `output_dir`",
+    ):
+        evaluate(
+            config(parts, again, **one, classifier=str(tmp_path / "classifier"))
+        )  # another that is called the same
+    assert (again / "evaluation.json").read_bytes() == before
+    # The same one by another name, and none: their other figures compare.
+    shutil.copytree(parts / "classifier", tmp_path / "renamed")
+    rows = evaluate(config(parts, again, **one, classifier=str(tmp_path / "renamed")))
+    assert same_settings(rows) == same_settings(measured.rows)
+    rows = evaluate(config(parts, again, num_inference_steps=(5,), schedulers=("ddim",), classifier=None))
+    assert "classifier" not in rows[0]["protocol"] and "class_accuracy" not in rows[0]  # the floor, measured again
+    assert "class accuracy by " in markdown_table(rows)
+
+    # Results of earlier versions do not say whose they are. They open, and are joined by none.
+    old = json.loads(before)
+    for row in old:
+        del row["protocol"]["classifier"], row["protocol"]["classifier_hash"]
+    assert "class accuracy by" not in markdown_table(old)
+    (again / "evaluation.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"classifier=unknown \(unknown\) and classifier=classifier \("):
+        evaluate(config(parts, again, **one))
+    assert len(evaluate(config(parts, again, num_inference_steps=(5,), schedulers=("ddim",), classifier=None))) == 6
+
+
+def test_columns_of_the_images_and_their_classes_are_chosen(parts, tmp_path):
+    """As in training: a dataset may hold several of each."""
+    folder = tmp_path / "table"
+    for split in ("train", "test"):
+        images = image_dataset(parts / "images", split)
+        pixels, labels = images.stack(progress=False)
+        features = datasets.Features(
+            {
+                "thumbnail": datasets.Image(),
+                "picture": datasets.Image(),
+                "colour": datasets.ClassLabel(names=["red"]),
+                "kind": datasets.ClassLabel(names=list(CLASSES)),
+            }
+        )
+        columns = {
+            "thumbnail": [Image.new("L", (4, 4))] * len(pixels),
+            "picture": [Image.fromarray(image[0].numpy()) for image in pixels],
+            "colour": [0] * len(pixels),
+            "kind": labels.tolist(),
+        }
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{split}-0000.parquet")
+    one = {"num_inference_steps": (3,), "schedulers": ("ddim",)}
+    expected = evaluate(config(parts, tmp_path / "expected", **one))
+    settings = {"dataset_name": str(folder), "image_column": "picture", "label_column": "kind"}
+    rows = evaluate(config(parts, tmp_path / "out", **one, **settings))
+    for row in (*rows, *expected):
+        row["protocol"].pop("dataset", None)
+    assert rows == expected
+    with pytest.raises(ValueError, match="no column 'photo'; it has thumbnail, picture"):
+        evaluate(config(parts, tmp_path / "bad", **one, **settings | {"image_column": "photo"}))
+
+
+SHARED = """
+import sys
+import mini_ddpm_cli
+from mini_ddpm.evaluation import evaluate, features
+
+evaluate.SHARD_SIZE = features.SHARD_SIZE = 8
+sys.exit(mini_ddpm_cli.main(sys.argv[1:]))
+"""
+
+
+def test_processes_share_the_work_and_find_the_same(parts, tmp_path, caches, monkeypatch, two_processes):
+    set_shard_size(monkeypatch, 8)
+    monkeypatch.setenv("MINI_DDPM_CACHE", str(tmp_path / "alone"))
+    flags = ["evaluate", str(parts / "conditional"), "--dataset-name", str(parts / "images"), "--num-images", "24"]
+    flags += ["--steps", "3", "--schedulers", "ddim", "dpmsolver++", "--feature-extractor", str(parts / "features")]
+    flags += ["--classifier", str(parts / "classifier"), "--batch-size", "8", "--device", "cpu"]
+    assert mini_ddpm_cli.main([*flags, "--output-dir", str(tmp_path / "expected")]) == 0
+
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    environment = {"MINI_DDPM_CACHE": str(tmp_path / "both"), "HF_DATASETS_CACHE": str(caches / "datasets")}
+    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parent)
+    command = [sys.executable, *two_processes, str(script), *flags, "--output-dir", str(tmp_path / "out")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == (tmp_path / "out" / "evaluation.md").read_text()  # one process speaks
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
+    rows, expected = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("out", "expected"))
+    for row in (*rows, *expected):
+        row.pop("seconds_per_image", None)
+        row.pop("device", None)  # the number of threads
+    assert rows == expected
+    for folder in ("samples", "features"):
+        names = [[file.name for file in cached_files(tmp_path / cache, folder)] for cache in ("alone", "both")]
+        assert names[0] == names[1] and len(names[0]) > 5
+
+
+def test_an_error_of_several_processes_is_told_once(parts, tmp_path, two_processes):
+    command = [sys.executable, *two_processes, "-m", "mini_ddpm", "evaluate", str(parts / "plain"), "--device", "cpu"]
+    command += ["--dataset-name", str(tmp_path / "nowhere"), "--output-dir", str(tmp_path / "out")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode != 0 and not (tmp_path / "out").exists()
+    assert answer.stderr.count("mini-ddpm: ") == 1 and "nowhere' is not there" in answer.stderr
 
 
 # ---- Interrupted runs -----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ PORTABLE_BASES = ["schedulers.scheduling_base", "pipelines.pipeline_base", "pipe
 STOREYS = [
     ["mini_ddpm_cli", "__main__"],
     ["__init__", "training", "evaluation"],
-    ["hub", "sampling", "plots", "data", "folders", "options"],
+    ["hub", "sampling", "plots", "curves", "data", "sources", "folders", "options"],
     ["models", "schedulers", "pipelines", "files"],
 ]
 IMPORT_NAMES = {"pillow": "PIL"}  # where a distribution and its package are called differently

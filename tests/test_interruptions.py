@@ -162,9 +162,9 @@ def test_a_signal_in_a_script_acts_as_it_did_before(config, monkeypatch):
 def interrupting(pid, number):
     from mini_ddpm.training.loss import compute_loss
 
-    def loss(*args):
+    def loss(*args, **options):
         os.kill(pid, number)
-        return compute_loss(*args)
+        return compute_loss(*args, **options)
 
     return loss
 

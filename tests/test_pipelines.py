@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import pickle
 import shutil
@@ -15,11 +16,13 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from PIL import Image
 
 from mini_ddpm import (
     MiniDDIMScheduler,
     MiniDDPMClassConditionalPipeline,
     MiniDDPMPipeline,
+    MiniDDPMPipelineOutput,
     MiniDDPMScheduler,
     load_pipeline,
 )
@@ -264,6 +267,20 @@ def test_the_split_of_the_batch_does_not_matter(plain, labelled, scheduler):
             torch.testing.assert_close(images(rows), whole[rows], atol=1e-5, rtol=0)
 
 
+def test_a_seed_stands_for_its_generator(plain, labelled):
+    """Of a batch, and of each image: in a list, a tuple or a range, beside generators, as an integer of numpy."""
+    options = {"num_inference_steps": 3, "eta": 1.0, "output_type": "pt"}  # noise at each step
+    for pipe, first in ((plain, 2), (labelled, [3, 4])):
+        batch = pipe(first, **options, generator=torch.Generator().manual_seed(7)).images
+        each = pipe(first, **options, generator=seeds(0, 1)).images
+        assert not torch.equal(batch, each)
+        for seed in (7, np.int64(7)):
+            assert torch.equal(pipe(first, **options, generator=seed).images, batch)
+        for given in ([0, 1], (0, 1), range(2), [*seeds(0), 1], [np.uint8(0), 1], tuple(seeds(0, 1))):
+            assert torch.equal(pipe(first, **options, generator=given).images, each)
+        pipe(first, **options, generator=2**64 - 1)
+
+
 def test_seed_dtype_and_latents(plain, labelled):
     reference = plain(2, num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images
     again = plain(2, num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images
@@ -497,9 +514,14 @@ def test_bad_arguments(plain, labelled, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"generator": 0}, "`generator` must be a torch.Generator or a list of them, .* but is or holds 0"),
-        ({"generator": [torch.Generator(), 1]}, "holds 1"),
-        ({"generator": "cuda"}, "'cuda'"),
+        ({"generator": "cuda"}, "`generator` must be a seed, such as 0, a torch.Generator, or a list .* holds 'cuda'"),
+        ({"generator": 1.0}, "holds 1.0"),
+        ({"generator": True}, "holds True"),
+        ({"generator": [torch.Generator(), None]}, "holds None"),
+        ({"generator": -1}, "`generator` must be a seed of 0 to .*, but is or holds -1"),
+        ({"generator": [0, 2**64]}, "holds 18446744073709551616"),
+        ({"generator": np.int64(-1)}, "holds -1"),
+        ({"generator": [0, 1, 2]}, "`generator` is a list of 3 for 2 images. Give one seed or generator per image"),
         ({"latents": torch.full((2, 1, 8, 8), float("nan"))}, "`latents` must be finite"),
         ({"latents": torch.full((2, 1, 8, 8), float("inf"))}, "`latents` must be finite"),
         (
@@ -532,7 +554,7 @@ def test_a_generator_on_another_device_is_refused(plain):
 
 @pytest.mark.parametrize("name", ["seed", "manual_seed", "steps", "class_label"])
 def test_an_unknown_argument_is_one_line(plain, labelled, name):
-    expected = r"generator=torch.Generator\(\).manual_seed\(0\)" if "seed" in name else "num_inference_steps, eta"
+    expected = "for the same images again, pass generator=0" if "seed" in name else "num_inference_steps, eta"
     for call in (lambda **kwargs: plain(2, **kwargs), lambda **kwargs: labelled([1, 2], **kwargs)):
         with pytest.raises(TypeError, match=f"no argument `{name}`.*{expected}") as raised:
             call(**{name: 0})
@@ -921,10 +943,45 @@ def test_a_step_that_was_replaced_on_the_object_is_used(plain):
     assert torch.equal(images, plain(1, num_inference_steps=3, generator=seeds(0), output_type="pt").images)
 
 
-def test_only_the_first_argument_is_positional(plain, labelled):
-    for pipe, first in ((plain, 1), (labelled, [1])):
-        with pytest.raises(TypeError, match="positional"):
-            pipe(first, 3)
+def test_only_the_first_argument_needs_no_name(plain, labelled):
+    for pipe, arguments, message in (
+        (plain, (1, 3), r"only `batch_size` without a name.*: num_inference_steps=3\.$"),
+        (
+            labelled,
+            (3, 20),
+            "only `class_labels` .*: num_inference_steps=20 or guidance_scale=20. Several labels are a ",
+        ),
+        (labelled, (3, torch.Generator(), 1), "num_inference_steps=20 or"),
+    ):
+        with pytest.raises(TypeError, match=message) as raised:
+            pipe(*arguments)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_a_notebook_shows_the_images_of_a_call(plain, output_type):
+    shown = plain(3, num_inference_steps=2, generator=0, output_type=output_type)._repr_png_()
+    with Image.open(io.BytesIO(shown)) as picture:
+        assert (picture.format, picture.mode, picture.size) == (
+            "PNG",
+            "RGB",
+            (3 * 68, 68),
+        )  # 8 times 8 pixels, a border
+        pixels = np.asarray(picture)
+    expected = np.stack(plain(3, num_inference_steps=2, generator=0).images)  # (3, 8, 8)
+    tiles = pixels.reshape(68, 3, 68, 3)[2:-2:8, :, 2:-2:8, 0].transpose(1, 0, 2)
+    np.testing.assert_allclose(tiles.astype(int), expected, atol=output_type == "latent")
+
+
+def test_a_notebook_shows_a_big_call_in_rows_and_only_pictures():
+    output = MiniDDPMPipelineOutput(torch.ones(70, 3, 99, 99))
+    with Image.open(io.BytesIO(output._repr_png_())) as picture:
+        assert picture.size == (10 * 103, 7 * 103)  # of 64 images
+    few = MiniDDPMPipelineOutput([Image.new("L", (64, 64))] * 11)
+    with Image.open(io.BytesIO(few._repr_png_())) as picture:
+        assert picture.size == (10 * 68, 2 * 68)
+        assert [picture.getpixel((x, 100))[0] for x in (30, 100, 500)] == [0, 255, 255]
+    assert MiniDDPMPipelineOutput(torch.ones(2, 4, 8, 8))._repr_png_() is None
 
 
 # ---- What faults planted at random were not noticed in --------------------------------------------------------------

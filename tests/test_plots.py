@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 
 import numpy as np
@@ -71,6 +73,73 @@ def test_pil_and_rgb_images_are_drawn_as_they_are():
     assert sample_grid(grey) == sample_grid(flat_images(4))
     red = flat_images(1, channels=3) * np.array([1, 0, 0], dtype=np.uint8)
     assert sample_grid(red, scale=1).getpixel((GAP, GAP)) == (10, 0, 0)
+
+
+def forms(channels: int) -> dict[str, tuple[object, tuple[float, float] | None]]:
+    """Four images, from black to white, in every form, and the range where it has to be given."""
+    images = flat_images(4, channels).copy()
+    images[0, ..., 0], images[3] = 0, 255
+    floats = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # (B, C, H, W) in [0, 1]
+    scaled = (floats * 2 - 1).requires_grad_()  # a batch of a DataLoader
+    found = {
+        "bytes": (images, None),
+        "PIL": ([Image.fromarray(image.squeeze()) for image in images], None),
+        "np": (images / np.float32(255), None),
+        "pt": (floats, None),
+        "latent": (scaled, None),
+        "half": (scaled.bfloat16(), None),
+        "list of tensors": (list(scaled), None),
+        "list of arrays": (list(images), None),
+        "told": (floats, (0, 1)),
+        "bytes as floats": (floats * 255, (0, 255)),
+        "integers": (images.astype(int), (0, 255)),
+        "bytes in a tensor": (torch.from_numpy(images).permute(0, 3, 1, 2), None),
+        "channels first in an array": (scaled.detach().numpy(), None),
+        "channels last in a tensor": (scaled.permute(0, 2, 3, 1), None),
+    }
+    if channels == 1:
+        found |= {"grey array": (images[..., 0], None), "grey tensor": (scaled[:, 0], None)}
+    return found
+
+
+@pytest.mark.parametrize(("channels", "name"), [(channels, name) for channels in (1, 3) for name in forms(channels)])
+def test_images_in_any_form_give_one_grid(channels, name):
+    images, value_range = forms(channels)[name]
+    expected = sample_grid(forms(channels)["bytes"][0])
+    page = sample_grid(images, value_range=value_range)
+    assert np.abs(np.asarray(page, dtype=int) - np.asarray(expected)).max() <= (name == "half")
+
+
+def test_one_image_without_a_batch():
+    red = np.zeros((8, 8, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
+    expected = sample_grid(red[None])
+    for image in (red, Image.fromarray(red), torch.from_numpy(red), red / 255):
+        assert sample_grid(image) == expected
+    grey = flat_images(1)[0]
+    for image in (grey, grey[..., 0], torch.from_numpy(grey.copy()).permute(2, 0, 1), Image.fromarray(grey[..., 0])):
+        assert sample_grid(image) == sample_grid(grey[None])
+
+
+def test_pictures_of_other_modes():
+    picture = Image.new("RGB", (8, 8), (0, 204, 0))
+    assert sample_grid([picture.convert("P"), picture.convert("RGBA")]) == sample_grid([picture] * 2)
+    assert sample_grid([Image.new("L", (8, 8), 7), picture]).getpixel((GAP, GAP)) == (7, 7, 7)
+    white = Image.new("1", (8, 8), 1)
+    for one in (white, [white], np.asarray(white)):
+        assert sample_grid(one).getpixel((GAP, GAP)) == (255, 255, 255)
+
+
+def test_values_beyond_the_range_are_clipped():
+    images = torch.tensor([-1.4, 1.4, -0.5, 0.0]).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
+    page = sample_grid(images, scale=1, columns=4)
+    assert [page.getpixel((GAP + 10 * i, GAP))[0] for i in range(4)] == [0, 255, 64, 128]
+    told = sample_grid(3 * images, scale=1, columns=4, value_range=(-3, 3))
+    assert page == told
+
+
+def test_labels_in_a_tensor():
+    images = flat_images(2)
+    assert sample_grid(images, torch.tensor([3, 1])) == sample_grid(images, [3, 1]) == sample_grid(images, ["3", "1"])
 
 
 def test_labels_are_written_once_per_column_where_they_agree():
@@ -157,9 +226,25 @@ def test_labels_touch_no_image():
     [
         (flat_images(0), {}, "images is empty"),
         (flat_images(2, channels=2), {}, "grey or RGB"),
-        (flat_images(2) / 255, {}, "float64"),
         (flat_images(2), {"labels": ["1"]}, "labels holds 1 labels for 2 images"),
         (flat_images(2), {"columns": 0}, "columns=0 must be at least 1"),
+        (flat_images(2), {"value_range": (1, 0)}, r"value_range=\(1, 0\) must be two numbers"),
+        (
+            flat_images(2).astype(int),
+            {},
+            r"int64 from 10 to 20, whose range is unclear. Pass value_range=\(black, whi",
+        ),
+        (flat_images(2) * 1.0, {}, r"float64 from 10 to 20, whose .* \(0, 255\)"),
+        (torch.full((2, 1, 8, 8), 0.5), {}, r"float32 from 0.5 to 0.5, whose .* such as \(-1, 1\), \(0, 1\)"),
+        (torch.linspace(-2, 2.6, 64).reshape(1, 1, 8, 8), {}, "from -2 to 2.6"),  # standardized
+        (torch.linspace(-0.01, 1.01, 64).reshape(1, 1, 8, 8), {}, "from -0.01 to 1.01"),  # resized in [0, 1]
+        (torch.tensor([[[0.0, float("nan")]]]), {"value_range": (0, 1)}, "NaN or infinite"),
+        (torch.zeros(3, 8, 8), {}, r"\(3, 8, 8\). Pass images\[None\] for one in RGB, images\[:, None\] if grey"),
+        (np.zeros((1, 2, 3, 4, 5)), {}, r"not \(1, 2, 3, 4, 5\)"),
+        ([np.zeros((8, 8)), np.zeros((9, 8))], {}, r"one size, but have the shapes \(8, 8\), \(9, 8\)"),
+        ([Image.new("L", (8, 9)), Image.new("RGB", (8, 8))], {}, r"shapes \(9, 8, 3\), \(8, 8, 3\)"),
+        ([Image.new("I;16", (8, 8))], {}, "more than 8 bits"),
+        ({"images": flat_images(2)}, {}, r"PIL images, arrays or tensors, such as pipe\(...\).images"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(images, arguments, message):
@@ -184,6 +269,27 @@ def test_film_goes_from_noise_to_sample_beside_the_prediction():
     first = np.asarray(frames[0])
     assert (first[top:, half : half + still.width] == np.asarray(still)).all()
     assert (first[top:, : still.width] != np.asarray(still)).any()
+
+
+def test_a_film_of_images_in_any_form():
+    """Steps of tensors, arrays or PIL images; one step has no value below 0, in whichever form."""
+    steps = torch.linspace(-1, 0.5, 4)[:, None, None, None, None].expand(4, 2, 1, 8, 8)
+    film = denoising_film(steps, steps[1:])
+    bytes_ = ((steps + 1) * 127.5).round().byte()  # (steps, B, C, H, W)
+    pictures = [[Image.fromarray(image[0].numpy()) for image in step] for step in bytes_]
+    for one in (list(steps), steps.permute(0, 1, 3, 4, 2).numpy(), bytes_.numpy()[:, :, 0], bytes_, pictures):
+        assert denoising_film(one, one[1:]) == film
+    assert denoising_film(steps * 3, value_range=(-3, 3)) == denoising_film(steps)
+    with pytest.raises(ValueError, match=r"latents_trajectory must have the shape .*, but has \(4, 1, 8, 8\)"):
+        denoising_film(steps[:, 0])
+
+
+def test_a_notebook_plays_a_film():
+    film = denoising_film(torch.linspace(-1, 1, 5)[:, None, None, None, None].expand(5, 1, 1, 8, 8))
+    head, _, data = film._repr_html_().removesuffix('">').partition(",")
+    assert head == '<img src="data:image/webp;base64'
+    file = io.BytesIO(base64.b64decode(data))
+    assert durations(file) == [800] * 4 + [2000]
 
 
 def test_film_brings_the_scale_of_sigma_space_samplers_back():
@@ -237,6 +343,25 @@ def test_noising_strip_begins_clean_and_ends_in_noise():
     assert spread[1] < spread[2] < spread[3]
     # a standard normal clipped to [-1, 1] has the standard deviation 0.718, in bytes 91.6
     assert spread[3] == pytest.approx(91.6, rel=0.05)
+
+
+def test_noising_strip_takes_images_in_any_form():
+    scheduler, x0 = MiniDDPMScheduler(), torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    x0 = (x0 + 1).mul(127.5).round() / 127.5 - 1
+    strip = noising_strip(x0, scheduler, timesteps=[0, 500], generator=torch.Generator().manual_seed(3))
+    picture = Image.fromarray(((x0 + 1) * 127.5).round().byte()[0, 0].numpy())
+    for images, options in (
+        (picture, {}),
+        ([picture], {}),
+        (np.asarray(picture)[None, ..., None] / 255, {}),
+        (x0 / 2 + 0.5, {}),
+        (2 * x0, {"value_range": (-2, 2)}),
+        (x0.double().requires_grad_(), {}),
+    ):
+        other = noising_strip(images, scheduler, timesteps=[0, 500], generator=3, **options)
+        assert np.abs(np.asarray(other, dtype=int) - np.asarray(strip)).max() <= 1
+    with pytest.raises(ValueError, match=r"timesteps=\[0, 1000\]: 1000 must be 0 to 999"):
+        noising_strip(x0, scheduler, timesteps=[0, 1000])
 
 
 def row(scheduler: str, evaluations: int, fid: float, **options) -> dict:

@@ -133,8 +133,8 @@ def test_saving_over_replaces_the_source_files(saved, tmp_path):
     assert type(MiniDDPMPipeline.from_pretrained(tmp_path / "x").scheduler) is MiniDDPMScheduler
 
 
-def test_a_class_of_the_users_own_is_not_published(saved, tmp_path):
-    """Only files of this family are copied: nobody expects `save_pretrained` to take their own modules along."""
+def test_a_class_inside_a_function_is_saved_without_its_source(saved, tmp_path):
+    """See test_own_networks.py for those that travel."""
 
     class Mine(MiniDDIMScheduler):
         pass
@@ -339,7 +339,14 @@ def test_a_bundle_is_the_modules_in_import_order(tmp_path):
     [
         ("from .base import X as Y\n", "line 1: `from .base import X as Y` cannot be saved with a pipeline"),
         ("X = 1\nfrom . import base\n", "line 2: `from . import base` cannot be saved"),
-        ("from __future__ import annotations\nfrom .base import X\n", "`from __future__ import annotations` cannot"),
+        ("from .missing import X\n", "line 1: `from .missing import X` cannot be saved"),
+        ("import math\n\nprint(math.pi)\n", "line 3: `print(math.pi)` would run whenever the pipeline is opened"),
+        ("for i in range(3):\n    pass\n", "line 1: `for i in range(3):` would run whenever"),
+        ("if __name__ == '__main__':\n    pass\nelse:\n    print(1)\n", "line 1: `if __name__ == '__main__':` would"),
+        (
+            '"""Example.\n\nfrom .base import X\n"""\n',
+            "diffusers would take the line `from .base import X` for an import",
+        ),
         ("def f():\n    from .base import X\n    return X\n", "line 2: `from .base import X` cannot be saved"),
         ("if True:\n    from .base import X\n", "line 2: `from .base import X` cannot be saved"),
         ("from .base import X\n\ndef g():\n    return 2\n", "top.py: g is also defined by a module"),
@@ -356,6 +363,22 @@ def test_what_cannot_be_bundled_is_refused(tmp_path, source, message):
         bundle(tmp_path / "top.py")
     assert "\n" not in str(raised.value)
     assert bundle(write(tmp_path, top="from .base import X\nfrom math import sqrt\n\ny = X\n") / "top.py")
+
+
+def test_two_ways_to_import_a_module_are_one(tmp_path):
+    write(
+        tmp_path,
+        base="from torch import nn\n\nX = 1\n",
+        top='"""Top."""\n\nfrom __future__ import annotations\n\nimport torch.nn as nn\nfrom .base import X\n\nY = X\n'
+        '\nif __name__ == "__main__":\n    print(Y)\n',
+    )
+    source = bundle(tmp_path / "top.py").decode()
+    assert source.startswith("from __future__ import annotations\n\n\n# ---- base.py ----") and "print" not in source
+    (tmp_path / "again.py").write_text(source)
+    assert bundle(tmp_path / "again.py").decode() == source
+    names = {}
+    exec(compile(source, "bundle", "exec"), names)
+    assert names["Y"] == 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,19 @@ def test_default_schedule_is_the_cosine(cls):
 
 
 @BOTH
+def test_cosine_is_another_word_for_the_cosine_schedule(cls, tmp_path):
+    """What is saved has the name that every other tool and version knows."""
+    for scheduler in (cls(beta_schedule="cosine"), cls.from_config(cls().config, beta_schedule="cosine")):
+        assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+        assert torch.equal(scheduler.betas, cls().betas)
+        scheduler.save_pretrained(tmp_path)
+        assert '"squaredcos_cap_v2"' in (tmp_path / "scheduler_config.json").read_text()
+        for other in (DDPMScheduler, DDIMScheduler):
+            assert torch.equal(other.from_config(scheduler.config).betas, cls().betas)
+            assert torch.equal(other.from_pretrained(tmp_path).betas, cls().betas)
+
+
+@BOTH
 def test_add_noise_and_velocity_follow_their_formulas_at_any_shape_of_timesteps(cls):
     scheduler, x0, noise = cls(), tensors(1, 4, 4), tensors(1, 4, 4, seed=1)
     for timesteps in (500, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 3], dtype=torch.int32)):
@@ -159,7 +172,7 @@ def test_bad_timesteps_are_refused_in_one_line(cls, kwargs, error):
 @BOTH
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta_schedule", "cosine"), ("prediction_type", "x0"), ("timestep_spacing", "even"), ("steps_offset", -1)],
+    [("beta_schedule", "cosinus"), ("prediction_type", "x0"), ("timestep_spacing", "even"), ("steps_offset", -1)],
 )
 def test_bad_config_is_refused_with_the_allowed_values(cls, name, value):
     with pytest.raises(ValueError, match=name) as raised:

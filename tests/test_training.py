@@ -94,7 +94,7 @@ class OfEpsilon(torch.nn.Module):
         super().__init__()
         self.scheduler, self.images, self.noise, self.error = scheduler, images, noise, error
 
-    def forward(self, sample, timesteps, class_labels):
+    def forward(self, sample, timesteps, class_labels=None):
         alphas_cumprod = self.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1).double()
         alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
         epsilon = self.noise + self.error
@@ -140,16 +140,16 @@ def test_without_weights_the_loss_is_the_mean_squared_error(prediction_type):
     }[prediction_type]
     given = []
 
-    def network(*args):
-        given.extend(args)
+    def network(*args, **labels):
+        given[:] = [*args, labels]
         return SimpleNamespace(sample=target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1))
 
     loss = compute_loss(network, scheduler, images, noise, timesteps, labels)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx((1 + 4 + 9) / 3, rel=1e-5)
     assert torch.equal(given[0], scheduler.add_noise(images, noise, timesteps))
-    assert given[1] is timesteps and given[2] is labels
+    assert given[1] is timesteps and given[2] == {"class_labels": labels}
     compute_loss(network, scheduler, images, noise, timesteps)
-    assert given[-1] is None
+    assert given[-1] == {}
 
 
 def test_loss_refuses_a_learned_variance():
@@ -650,8 +650,8 @@ def test_only_ends_that_many_pixels_are_at_are_moved(config, tmp_path):
 def test_nan_loss_stops_and_keeps_the_last_good_weights(config, monkeypatch):
     losses = []
 
-    def overflowing(*args):
-        losses.append(compute_loss(*args))
+    def overflowing(*args, **options):
+        losses.append(compute_loss(*args, **options))
         return losses[-1] * (float("nan") if len(losses) > 13 else 1.0)
 
     monkeypatch.setattr("mini_ddpm.training.train.compute_loss", overflowing)
@@ -705,7 +705,7 @@ def test_full_disk_keeps_the_previous_checkpoint(config):
         ({"resolution": 0}, "resolution=0 must be at least 1"),
         ({"lr_warmup_steps": -5}, "lr_warmup_steps=-5 must be at least 0"),
         ({"lr_scheduler": "piecewise_constant"}, "lr_scheduler='piecewise_constant' must be one of cosine, linear"),
-        ({"beta_schedule": "cosine"}, "beta_schedule='cosine' must be one of squaredcos_cap_v2, linear"),
+        ({"beta_schedule": "cos"}, "beta_schedule='cos' must be one of squaredcos_cap_v2, linear"),
         ({"prediction_type": "noise"}, "prediction_type='noise' must be one of epsilon, sample, v_prediction"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be one of auto, no, fp16, bf16"),
         ({"device": 0}, "device=0 must be one of auto, cpu, cuda, mps"),
@@ -755,9 +755,9 @@ def test_accelerate_takes_the_device_that_was_found(config, monkeypatch, kind):
 def test_runs_of_one_process_have_their_own_precision(config, monkeypatch):
     seen = []
 
-    def loss(*args):
+    def loss(*args, **options):
         seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
-        return compute_loss(*args)
+        return compute_loss(*args, **options)
 
     monkeypatch.setattr("mini_ddpm.training.train.compute_loss", loss)
     for precision in ("no", "bf16", "no"):
@@ -864,6 +864,12 @@ def neighbours_apart(images):
             (0.9, 0.7, 0.4),
             {"dark": (0.1, 0.0, 0.3), "light": (0.9, 1.0, 1.0)},
             id="colour 20x12 in two classes",
+        ),
+        pytest.param(
+            (48, 64),
+            (0.2, 0.4, 0.3),
+            {"pink": (1.0, 0.5, 0.7), "black": (0.0, 0.0, 0.0)},
+            id="colour 64x48 in two classes",
         ),
     ],
 )

@@ -213,9 +213,12 @@ def test_attention_is_softmax_attention():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"block_out_channels": (10, 16)}, "norm_num_groups=4"),
+        ({"block_out_channels": (10, 16)}, '10, not divisible by norm_num_groups=4. norm_num_groups="auto" derives'),
+        ({"block_out_channels": (15, 16), "norm_num_groups": "auto"}, "15, which must be even"),
+        ({"norm_num_groups": "automatic"}, "norm_num_groups='automatic' must be a whole number"),
+        ({"block_out_channels": "auto"}, "block_out_channels='auto' must be a list"),
         ({"block_out_channels": (8, 12), "norm_num_groups": 4}, "attention_head_dim=8"),
-        ({"down_block_types": ("DownBlock2D",)}, "block_out_channels 2"),
+        ({"down_block_types": ("DownBlock2D",)}, 'block_out_channels 2.*down_block_types="auto" derives it'),
         ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "CrossAttnDownBlock2D"),
         ({"num_class_embeds": 1}, "num_class_embeds=1"),
         *(({name: value}, name) for name, value in [
@@ -236,6 +239,48 @@ def test_impossible_shapes_are_refused_by_name(config, named):
         MiniUNet2DModel(**{**TINY, **config})
     with pytest.raises(ValueError, match=named):
         MiniUNet2DModel(**{**TINY, **config})
+
+
+@pytest.mark.parametrize(
+    ("config", "levels", "groups", "head_dim"),
+    [
+        ({}, "DA", 32, 32),
+        ({"block_out_channels": (16, 32)}, "DA", 16, 32),
+        ({"block_out_channels": [16, 24, 40]}, "DAA", 8, 8),
+        ({"block_out_channels": (34, 66)}, "DA", 2, 22),
+        ({"block_out_channels": (48,)}, "D", 24, 24),
+        ({"block_out_channels": (16, 48), "add_attention": False}, "DA", 16, 24),
+        ({"block_out_channels": (16, 48), "down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "AD", 16, 16),
+        ({"block_out_channels": (16, 48), "norm_num_groups": 8, "attention_head_dim": 12}, "DA", 8, 12),
+    ],
+)
+def test_widths_alone_make_a_network(config, levels, groups, head_dim, tmp_path):
+    """Types of level, groups and heads are derived. What is saved holds them, as each version wants it."""
+    unet = MiniUNet2DModel(**config, layers_per_block=1)
+    types = [{"D": "DownBlock2D", "A": "AttnDownBlock2D"}[level] for level in levels]
+    expected = {"down_block_types": types, "norm_num_groups": groups, "attention_head_dim": head_dim}
+    assert unet.mid_block.resnets[0].norm1.num_groups == groups
+    unet.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {key: saved[key] for key in expected} == expected
+    sample = torch.randn(1, 1, 8, 8)
+    assert torch.equal(MiniUNet2DModel.from_pretrained(tmp_path)(sample, 5).sample, unet.eval()(sample, 5).sample)
+
+
+def test_other_widths_for_a_saved_network(tmp_path):
+    """What a configuration says stays, and the error tells how to have it derived anew."""
+    MiniUNet2DModel(layers_per_block=1).save_pretrained(tmp_path)
+    saved, other = MiniUNet2DModel.load_config(tmp_path), {"block_out_channels": (16, 24, 24)}
+    with pytest.raises(ValueError, match='2 entries and block_out_channels 3.*down_block_types="auto"'):
+        MiniUNet2DModel.from_config(saved, **other)
+    with pytest.raises(ValueError, match='16, not divisible by norm_num_groups=32. norm_num_groups="auto"'):
+        MiniUNet2DModel.from_config(saved, **other, down_block_types="auto")
+    derived = dict.fromkeys(("down_block_types", "norm_num_groups", "attention_head_dim"), "auto")
+    unet = MiniUNet2DModel.from_config(saved, **other, **derived)
+    assert unet.config.norm_num_groups == 8 and unet.config.attention_head_dim == 24
+    # Not saved, the configuration knows what was left to the defaults.
+    unet = MiniUNet2DModel.from_config(MiniUNet2DModel(layers_per_block=1).config, **other)
+    assert unet.config.norm_num_groups == 8 and len(unet.down_blocks) == 3
 
 
 def test_values_of_numpy_and_no_sample_size_are_taken():

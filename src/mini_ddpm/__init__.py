@@ -8,29 +8,31 @@ diffusers' own loaders:
     >>> images = pipe([3, 1, 4], num_inference_steps=20).images
 """
 
+import functools
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 
 from mini_ddpm.hub.card import write_card
 from mini_ddpm.hub.download import download
+from mini_ddpm.hub.index import CLASSES, PIPELINES, auto_from_pretrained, from_pretrained, read_index
 from mini_ddpm.hub.load import PRETRAINED, load_pipeline
 from mini_ddpm.hub.publish import publish
 from mini_ddpm.models.unet_mini import MiniUNet2DModel
 from mini_ddpm.pipelines.pipeline_base import MiniDDPMPipelineOutput
 from mini_ddpm.pipelines.pipeline_mini_ddpm import MiniDDPMPipeline
 from mini_ddpm.pipelines.pipeline_mini_ddpm_class_conditional import MiniDDPMClassConditionalPipeline
-from mini_ddpm.pipelines.portable import PORTABLE_MODULE
 from mini_ddpm.schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from mini_ddpm.schedulers.scheduling_mini_ddpm import MiniDDPMScheduler
 
 if TYPE_CHECKING:
-    from mini_ddpm.data import image_dataset
+    from mini_ddpm.curves import run_curves
+    from mini_ddpm.data import ImageDataset, as_image_dataset, image_dataset
     from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
     from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
+    from mini_ddpm.training.callbacks import TrainCallback, TrainState
     from mini_ddpm.training.config import TrainConfig
     from mini_ddpm.training.distill import DistillConfig, distill
     from mini_ddpm.training.loss import compute_loss
@@ -40,9 +42,11 @@ __version__ = "0.1.0"
 
 # Names that are imported on first use, by module.
 _LAZY = {
-    "data": ("image_dataset",),
+    "curves": ("run_curves",),
+    "data": ("ImageDataset", "as_image_dataset", "image_dataset"),
     "evaluation.evaluate": ("EvaluateConfig", "evaluate"),
     "plots": ("denoising_film", "noising_strip", "sample_grid"),
+    "training.callbacks": ("TrainCallback", "TrainState"),
     "training.config": ("TrainConfig",),
     "training.distill": ("DistillConfig", "distill"),
     "training.loss": ("compute_loss",),
@@ -53,14 +57,18 @@ __all__ = [
     "PRETRAINED",
     "DistillConfig",
     "EvaluateConfig",
+    "ImageDataset",
     "MiniDDIMScheduler",
     "MiniDDPMClassConditionalPipeline",
     "MiniDDPMPipeline",
     "MiniDDPMPipelineOutput",
     "MiniDDPMScheduler",
     "MiniUNet2DModel",
+    "TrainCallback",
     "TrainConfig",
+    "TrainState",
     "__version__",
+    "as_image_dataset",
     "compute_loss",
     "denoising_film",
     "distill",
@@ -68,6 +76,7 @@ __all__ = [
     "image_dataset",
     "load_pipeline",
     "noising_strip",
+    "run_curves",
     "sample_grid",
     "train",
 ]
@@ -87,37 +96,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_PIPELINES = (MiniDDPMClassConditionalPipeline, MiniDDPMPipeline)
-_CLASSES = {cls.__name__: cls for cls in (MiniDDIMScheduler, *_PIPELINES, MiniDDPMScheduler, MiniUNet2DModel)}
-
 # diffusers looks up classes by name on its own module: a pipeline for the generic `DiffusionPipeline.from_pretrained`,
 # a part declared as ["diffusers", name], the class that a scheduler's config came from, and its `compatibles`.
-for _name, _class in _CLASSES.items():
+for _name, _class in CLASSES.items():
     setattr(diffusers, _name, _class)
 
-_read_json_file = DiffusionPipeline._dict_from_json_file.__func__
-
-
-def _dict_from_json_file(cls: type[DiffusionPipeline], json_file: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read `model_index.json`, and replace a class of ours that it names with a source file by the installed class.
-
-    A saved pipeline names its classes as `[file stem, class name]` for people without this package. diffusers runs
-    that file, or refuses to without `trust_remote_code`. The installed class needs neither. The hash at the end of a
-    stem is ignored, so repositories of older and newer versions open too. An index that names other classes, or ours
-    from a file with another name (a fork), is left alone.
-    """
-    index: dict[str, Any] = _read_json_file(cls, json_file)
-    for key, value in index.items():
-        match value:
-            # diffusers' own pipelines write the module of a part of ours, "mini_ddpm.models.unet_mini".
-            case [str(module), str(name)] if name in _CLASSES and PORTABLE_MODULE.fullmatch(module.split(".")[-1]):
-                index[key] = name if key == "_class_name" else ["diffusers", name]
-    return index
-
-
 # Loading and downloading read the index through this classmethod of the class they are called on. Set on the generic
-# class, it serves that class and, by inheritance, our pipelines. Models and schedulers keep that of their base class.
-DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+# class, it serves that class and, by inheritance, our pipelines. `AutoModel` finds the class of a part there. Models
+# and schedulers keep that of their base class.
+DiffusionPipeline._dict_from_json_file = AutoModel._dict_from_json_file = classmethod(read_index)
+# Both would refuse what there is no reason to refuse: a part that is given by hand, trust in code that is not run.
+DiffusionPipeline.from_pretrained = classmethod(functools.wraps(DiffusionPipeline.from_pretrained)(from_pretrained))
+AutoModel.from_pretrained = classmethod(functools.wraps(AutoModel.from_pretrained)(auto_from_pretrained))
 
 # The bundles that travel with the weights cannot import this package. With the package, the pipelines write a full
 # model card, keep hand-written cards on the Hub, and explain errors in plain words.
@@ -126,6 +116,6 @@ _HOOKS = {
     "_publish": staticmethod(publish),
     "download": classmethod(download),
 }
-for _class in _PIPELINES:
+for _class in PIPELINES:
     for _name, _hook in _HOOKS.items():
         setattr(_class, _name, _hook)

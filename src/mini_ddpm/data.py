@@ -1,56 +1,55 @@
-"""Images for training: a Hub dataset, a folder in a Hub dataset's layout, or a folder of pictures.
-
-A folder of pictures is listed here, file by file; `datasets` opens the others. This module finds the columns, checks
-every picture and turns it into a tensor.
-"""
+"""Images for training: rows that `sources` opens, or data in memory. Every picture is checked and becomes a tensor."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import math
+import operator
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from tqdm.auto import tqdm
 
-from . import folders
-from .folders import ARCHIVES, IDX_FILE, SPLITS, TABLES, Parts, is_below, picture_formats, some
+from .folders import picture_formats, short_hash
+from .options import require
+from .sampling import Arrays, cache_folder, cached
+from .sources import open_rows
 
 if TYPE_CHECKING:
     import datasets
 
-_WILDCARDS = re.compile(r"[*?\[\]]|::")  # what `datasets` does not take literally in a path
 _MAX_HEADERS = 100_000  # read at opening to find colour
+_LEAST_TO_CACHE = 5_000  # fewer pictures are decoded in a second or two
+MAX_BYTES_IN_MEMORY = 2_000_000_000  # of all pictures of a dataset, unless more are asked for
 
-_IDX_HINT = (
-    "MNIST's own format (idx) is not read. Use the Hub's copy, such as 'ylecun/mnist', or save the pictures as PNG "
-    "files, in one folder per class"
-)
+# Keys of an item that holds a picture and its class, as diffusers, transformers and datasets call them.
+_IMAGE_KEYS, _LABEL_KEYS = ("images", "image", "pixel_values", "img"), ("class_labels", "label", "labels", "target")
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
     """Pictures of one size, each an item `{"images": (C, H, W) float32 in [-1, 1], "class_labels": int}`.
 
-    Use [`image_dataset`] or [`ImageDataset.from_tensors`] to make one. Items of a dataset without labels have no
-    `"class_labels"`. If any picture has colour, all are converted to colour. The mode in a file's header decides, not
-    its pixels. The headers of up to 100,000 pictures are read, evenly spread over the dataset; if these are grey, any
-    other picture with colour is an error when it is decoded. 16-bit grey is scaled to 8 bits, and transparent pixels
-    become white.
+    Use [`image_dataset`], [`as_image_dataset`] or [`ImageDataset.from_tensors`] to make one. Without labels, items
+    have no `"class_labels"`. If any picture has colour, all are converted to colour. The mode in a file's header
+    decides, not its pixels. The headers of up to 100,000 pictures are read, evenly spread over the dataset; if these
+    are grey, any other picture with colour is an error when it is decoded. 16-bit grey is scaled to 8 bits, and
+    transparent pixels become white.
 
     Attributes:
         shape: (C, H, W) of every picture; C is 1 for grey and 3 for colour.
         id2label: Class names by index, or `None` if there are no labels.
+        is_fixed: Whether a picture is the same each time it is read. One that a random transform makes is not.
     """
+
+    is_fixed = True
 
     def __init__(
         self,
@@ -91,24 +90,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Make a dataset of pictures in memory.
 
         Args:
-            images: (N, C, H, W) uint8 in [0, 255].
+            images: (N, C, H, W) or (N, H, W): uint8 in [0, 255], or floats in [-1, 1] or [0, 1]. Floats are rounded to
+                256 levels. If none is negative, their range is [0, 1].
             class_labels: (N,) int64, or `None`.
             id2label: Class names by index. Default: "0" to the largest label.
 
         Raises:
-            ValueError: The images are no bytes of this shape, or the labels do not fit them.
+            TypeError: The images are no tensor.
+            ValueError: The images have another shape or range, or the labels do not fit them.
         """
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"images must be a tensor, but is of type {type(images).__name__}.")
         shape = tuple(images.shape)
-        if images.dtype != torch.uint8 or images.ndim != 4 or 0 in shape or shape[1] not in (1, 3):
-            raise ValueError(
-                f"images must be uint8 of shape (N, C, H, W) with C = 1 or 3, but are {images.dtype} of {shape}."
-            )
+        images = images[:, None] if images.ndim == 3 else images
+        if images.ndim != 4 or 0 in shape or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must have the shape (N, C, H, W) with C = 1 or 3, but have {shape}.")
         dataset = cls.__new__(cls)
-        dataset._images, dataset._labels, dataset.id2label = images.cpu(), None, None
+        dataset._images, dataset._labels, dataset.id2label = _to_bytes(images, "images").cpu(), None, None
         dataset._split, dataset._files_hash = None, None
-        dataset.shape = (shape[1], shape[2], shape[3])
+        dataset.shape = (images.shape[1], images.shape[2], images.shape[3])
         if class_labels is None:
             if id2label is not None:
                 raise ValueError("id2label names classes, but class_labels is None.")
@@ -118,13 +118,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 f"class_labels must hold {shape[0]} class indices (int64), one for each image, but is "
                 f"{class_labels.dtype} of shape {tuple(class_labels.shape)}."
             )
-        dataset._labels = class_labels.tolist()
-        dataset.id2label = id2label or {label: str(label) for label in range(max(dataset._labels) + 1)}
-        for index, label in enumerate(dataset._labels):
-            if label not in dataset.id2label:
+        dataset._set_labels(class_labels.tolist(), id2label)
+        return dataset
+
+    def _set_labels(self, labels: list[int], id2label: dict[int, str] | None) -> None:
+        """Set the label of each picture and the names of the classes, after a check."""
+        self._labels, self.id2label = labels, id2label or {label: str(label) for label in range(max(labels) + 1)}
+        for index, label in enumerate(labels):
+            if label not in self.id2label:
                 allowed = "id2label does not name" if id2label else "is not a class index (0, 1, ...)"
                 raise ValueError(f"class_labels[{index}] is {label}, which {allowed}.")
-        return dataset
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -133,7 +136,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         `"labels"` is a hash of all labels and `"files"` one of the names and sizes of the pictures in a folder; each
         is `None` where there is none. No picture is decoded, and the pixels are not compared.
         """
-        labels = None if self._labels is None else _short_hash([np.array(self._labels, dtype="<i8").tobytes()])
+        labels = None if self._labels is None else short_hash([np.array(self._labels, dtype="<i8").tobytes()])
         return {
             "split": self._split,
             "num_images": len(self),
@@ -175,14 +178,51 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def stack(self, progress: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decode all into memory: images, (N, C, H, W) uint8 in [0, 255], and class labels, (N,) int64, or `None`.
 
-        The images stay in memory for later calls. Errors are those of [`ImageDataset.pixels`].
+        The images stay in memory for later calls, and from 5,000 pictures on in the cache folder for later processes.
+        Errors are those of [`ImageDataset.pixels`].
         """
         if self._images is None:
-            images = np.empty((len(self), *self.shape), dtype=np.uint8)
-            for index in tqdm(range(len(self)), desc="Decoding images", unit="img", disable=not progress, leave=False):
-                images[index] = self.pixels(index)
-            self._images = torch.from_numpy(images)
+            decoded: Arrays = {}
+
+            def decode() -> Arrays:
+                images = np.empty((len(self), *self.shape), dtype=np.uint8)
+                title = "Decoding images"
+                for index in tqdm(range(len(self)), desc=title, unit="img", disable=not progress, leave=False):
+                    images[index] = self.pixels(index)
+                decoded["images"] = images
+                return decoded
+
+            key = self._cache_key() if len(self) >= _LEAST_TO_CACHE else None
+            if key is None:
+                decode()
+            else:
+                try:
+                    decoded = cached(cache_folder() / "decoded", key, decode)
+                except OSError:
+                    if not decoded:
+                        raise  # else only the cache cannot be written
+            self._images = torch.from_numpy(decoded["images"])
         return self._images, torch.tensor(self._labels) if self._labels is not None else None
+
+    def _cache_key(self) -> list[Any] | None:
+        """Return what determines the decoded pictures, or `None` if that is not known."""
+        fingerprint = getattr(self._rows, "_fingerprint", None)  # of the table: with bytes, or with paths alone
+
+        def files() -> Iterator[bytes]:
+            for batch in self._rows.with_format("arrow").iter(1000):
+                for picture in batch[self._image_column]:
+                    if picture.is_valid and not picture["bytes"].is_valid:
+                        path = picture["path"].as_py()
+                        status = os.stat(path)
+                        yield os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n")
+
+        if fingerprint is None:
+            return None
+        try:
+            key = [fingerprint, self._image_column, self._resolution, self._mode, *self.shape, short_hash(files())]
+        except OSError:  # a picture is missing; decoding it says which
+            return None
+        return [*key, PIL.__version__]
 
     def _decode(self, index: int) -> Image.Image:
         """Decode one picture, turned upright, to 8 bits without transparency and to the mode of the dataset."""
@@ -194,18 +234,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 raise FileNotFoundError("there is no such file")
             source: Any = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
             with Image.open(source, formats=picture_formats()) as file:
-                image = ImageOps.exif_transpose(file)  # also decodes the pixels; `open` reads only the header
-            if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip these at 255
-                values = np.asarray(image)
-                if values.min() < 0 or values.max() > 65535:
-                    raise ValueError("its pixels have more than 16 bits")
-                image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers, whose range is unknown")
-            elif image.has_transparency_data:
-                grey = _is_grey(image.mode)
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA")).convert("L" if grey else "RGB")
+                image = _to_8_bits(file)  # also decodes the pixels; `open` reads only the header
             if self._mode == "L" and not _is_grey(image.mode):
                 raise ValueError("it has colour, but the dataset was opened as grey; convert it to grey")
             return image if self._mode is None else image.convert(self._mode)
@@ -230,16 +259,24 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return f"{path!r} (number {index})" if path else f"number {index}"
 
 
-def _short_hash(parts: Iterable[bytes]) -> str:
-    """Return sixteen hexadecimal digits of the SHA-256 of all parts."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
 def _is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a picture turned upright, of 8 bits a channel, without transparency."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would clip these at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is unknown")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("L" if _is_grey(image.mode) else "RGB")
+    return image
 
 
 def _header_has_colour(content: Any, path: str | None) -> bool:
@@ -262,6 +299,25 @@ def _header_has_colour(content: Any, path: str | None) -> bool:
             return not _is_grey(image.mode)
     except Exception:  # PIL raises many types for a damaged file; decoding it names it
         return False
+
+
+def _to_bytes(images: torch.Tensor, name: str, value_range: tuple[float, float] | None = None) -> torch.Tensor:
+    """Return images of bytes unchanged, and floats in [-1, 1] or [0, 1] as bytes: uint8 in [0, 255], any shape.
+
+    Without a `value_range` it is [-1, 1] if any value is negative, else [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be uint8 in [0, 255] or floats, but is {images.dtype}.")
+    least, most = images.min().item(), images.max().item()
+    low, high = value_range or ((-1, 1) if least < 0 else (0, 1))
+    if not (least > low - 1e-3 and most < high + 1e-3):  # false for NaN
+        raise ValueError(
+            f"{name} holds values from {least:.4g} to {most:.4g}. Scale floats to [-1, 1], where -1 is black, or to "
+            "[0, 1]; or use uint8 in [0, 255]."
+        )
+    return ((images.detach().float() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -300,30 +356,33 @@ def image_dataset(
         ImportError: The package `datasets` is not installed.
         OSError: A folder cannot be read.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        hint = "pip install 'mini-ddpm[train]'"
-        raise ImportError(f"Opening a dataset needs the package `datasets` ({error}): {hint}.") from error
-
+    require("train", "datasets")
     if resolution is not None and resolution < 1:
         raise ValueError(f"resolution={resolution} must be at least 1.")
-    path, files_hash = Path(name).expanduser(), None
-    if not (path.exists() or path.is_absolute() or str(name).startswith((".", "~"))):
-        rows = _open_hub_dataset(str(name), split)
-    elif path.is_dir():
-        rows, files_hash = _open_folder(str(name), path.absolute(), split)
-    else:
-        rows = _open_file(str(name), path, split)
+    rows, files_hash = open_rows(name, split)
+    return _from_rows(rows, str(name), image_column, label_column, resolution, split, files_hash)
+
+
+def _from_rows(
+    rows: datasets.Dataset,
+    name: str,
+    image_column: str | None,
+    label_column: str | None,
+    resolution: int | None,
+    split: str | None,
+    files_hash: str | None = None,
+) -> ImageDataset:
+    """Find the columns of pictures and of class indices; see [`image_dataset`]."""
+    import datasets
 
     columns = ", ".join(rows.column_names)
     for column in (image_column, label_column):
         if column is not None and column not in rows.column_names:
-            raise ValueError(f"Dataset {str(name)!r} has no column {column!r}; it has {columns}.")
+            raise ValueError(f"Dataset {name!r} has no column {column!r}; it has {columns}.")
     if image_column is None:
         pictures = [key for key, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if not pictures:
-            raise ValueError(f"Dataset {str(name)!r} holds no images; its columns are {columns}. Set image_column.")
+            raise ValueError(f"Dataset {name!r} holds no images; its columns are {columns}. Set image_column.")
         image_column = pictures[0]
     if label_column is None:
         classes = [key for key, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -331,203 +390,137 @@ def image_dataset(
     try:
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     except Exception as error:
-        raise ValueError(f"Column {image_column!r} of {str(name)!r} holds no images.") from error
+        raise ValueError(f"Column {image_column!r} of {name!r} holds no images.") from error
     return ImageDataset(rows, image_column, label_column, resolution, split, files_hash)
 
 
-# What `datasets` opens
+def as_image_dataset(
+    data: Any,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    resolution: int | None = None,
+    progress: bool = True,
+) -> ImageDataset:
+    """Make an [`ImageDataset`] of pictures that are in memory, or that another dataset reads.
 
+    Args:
+        data: One of these:
+            - an `ImageDataset`, which is returned as it is;
+            - images, or a tuple of images and class labels, as [`ImageDataset.from_tensors`] takes them;
+            - a `datasets.Dataset`, with columns as in [`image_dataset`];
+            - any other dataset with `len(data)` and `data[index]`, such as those of torch and torchvision. An item is
+              a picture, a pair (picture, class index), or a dict with "image" and "label" (or "images",
+              "pixel_values", "class_labels"). A picture is a PIL image, a uint8 array (H, W, C), or a tensor
+              (C, H, W), uint8 or in [-1, 1] or [0, 1].
+        image_column: See [`image_dataset`].
+        label_column: See [`image_dataset`].
+        resolution: See [`image_dataset`]. It does not apply to tensors.
+        progress: Whether to show a progress bar while items are read.
 
-def _load(name: str, split: str, load: Callable[[], Any], hint: str = "") -> Any:
-    """Return what `load` does, without progress bars; any error in it becomes a `ValueError` of one line."""
-    import datasets
-
-    had_progress_bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return load()
-    except Exception as error:  # `datasets` raises many unrelated types
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        lines = str(cause or error).strip().splitlines() or [type(error).__name__]
-        reason = lines[0].partition(" with any supported extension")[0]  # three hundred follow
-        raise ValueError(f"Cannot open dataset {name!r}, split {split!r}: {reason}{hint}") from error
-    finally:
-        if had_progress_bars:
-            datasets.enable_progress_bars()
-
-
-def _open_hub_dataset(name: str, split: str) -> datasets.Dataset:
-    """Open one split of a Hub dataset. If the Hub cannot be reached, the cache is used."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    hint = " It is not a folder either."
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except (HfHubHTTPError, HFValidationError):
-        pass  # the Hub has answered, or the name is invalid: the error of `datasets` below says more
-    except Exception:
-        # The Hub cannot be reached. Online, `datasets` would retry for half a minute before it reads its cache.
-        datasets.config.HF_HUB_OFFLINE = True
-        hint = ", and it is not in the cache. Connect to the network, or pass a folder."
-    try:
-        rows: datasets.Dataset = _load(name, split, lambda: datasets.load_dataset(name, split=split), hint)
-        return rows
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def _open_file(name: str, path: Path, split: str) -> datasets.Dataset:
-    """Open a parquet or Arrow file; the error for any other says what to do."""
-    import datasets
-
-    builder = TABLES.get(path.suffix.lower())
-    if builder is None or not path.is_file():
-        reason = "a file, not a folder" if path.exists() else "not there"
-        if path.is_file() and IDX_FILE.search(path.name):
-            reason += f": {_IDX_HINT}"
-        elif path.is_file() and path.suffix.lower() in ARCHIVES:
-            reason += ": unpack the archive, and pass the folder of pictures"
-        raise ValueError(f"Dataset {name!r} is {reason}.")
-    files = {"train": str(_without_wildcards(path))}
-    rows: datasets.Dataset = _load(name, split, lambda: datasets.load_dataset(builder, data_files=files, split=split))
-    return rows
-
-
-def _open_hub_layout(name: str, folder: Path, split: str) -> datasets.Dataset:
-    """Open one split of a folder in a Hub dataset's layout, or of one that `Dataset.save_to_disk` wrote."""
-    import datasets
-
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        loaded = _load(name, split, lambda: datasets.load_from_disk(str(folder)).with_format(None))
-        return _part(name, split, {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
-    path = str(folder)
-    if _WILDCARDS.search(path):  # a link does not help: `datasets` resolves it
-        raise ValueError(
-            f"Dataset {name!r} cannot be opened: `datasets` takes {_WILDCARDS.findall(path)[0]!r} in its path for a "
-            "pattern. Rename the folder, or pass a .parquet file in it."
-        )
-    rows: datasets.Dataset = _load(name, split, lambda: datasets.load_dataset(path, split=split))
-    classes = rows.features.get("label")
-    if isinstance(classes, datasets.ClassLabel) and SPLITS.keys() >= set(classes.names):
-        rows = rows.remove_columns("label")  # `datasets` takes folders of splits for classes
-    return rows
-
-
-def _open_metadata(name: str, split: str, files: list[Path]) -> datasets.Dataset:
-    """Open the pictures that metadata files name, with their columns."""
-    import datasets
-
-    paths = {"train": [str(_without_wildcards(file.parent) / file.name) for file in files]}
-    rows: datasets.Dataset = _load(
-        name, split, lambda: datasets.load_dataset("imagefolder", data_files=paths, split="train")
-    )
-    return rows
-
-
-def _without_wildcards(path: Path) -> Path:
-    """Return an absolute path that `datasets` does not take for a pattern: if need be, a link to it in the cache."""
-    import datasets
-
-    path = path.absolute()
-    if not _WILDCARDS.search(str(path)):
-        return path
-    link = Path(datasets.config.HF_DATASETS_CACHE, "mini-ddpm-links", _short_hash([os.fsencode(path)]))
-    link = link.with_suffix(path.suffix.lower() if path.is_file() else "")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # of an earlier call, or of another process
-        link.symlink_to(path)
-    return link
-
-
-def _part(name: str, split: str, splits: Mapping[str, Any]) -> datasets.Dataset:
-    """Return the rows that `split` asks for, such as "train", "train[:10]" or "train+test".
-
-    `splits` holds the rows of each split by name; of those not asked for only the number is needed.
+    Raises:
+        TypeError: It is no such dataset.
+        ValueError: Its pictures or labels cannot be used.
     """
-    import datasets
-
-    def read() -> datasets.Dataset:
-        instruction = datasets.ReadInstruction.from_spec(split)
-        parts = instruction.to_absolute({key: len(rows) for key, rows in splits.items()})
-        rows = datasets.concatenate_datasets(
-            [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    if isinstance(data, ImageDataset):
+        return data
+    pair: Any = data.tensors if isinstance(data, TensorDataset) else data
+    arrays = (torch.Tensor, np.ndarray)
+    pair = (pair,) if isinstance(pair, arrays) else pair
+    if isinstance(pair, tuple) and len(pair) in (1, 2) and all(isinstance(part, arrays) for part in pair):
+        labels = torch.as_tensor(pair[1]) if len(pair) == 2 else None
+        return ImageDataset.from_tensors(torch.as_tensor(pair[0]), labels)
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and isinstance(data, datasets.Dataset) and data.format["type"] != "custom":
+        split = None if data.split is None else str(data.split)
+        name = data.info.dataset_name or "given"
+        return _from_rows(data.with_format(None), name, image_column, label_column, resolution, split)
+    if isinstance(data, Mapping):
+        raise TypeError(f"dataset holds several splits ({', '.join(map(str, data))}). Pass one: dataset['train'].")
+    if isinstance(data, (str, Path)):
+        raise TypeError(
+            f"dataset={str(data)!r} is a name. Set dataset_name to it, or pass image_dataset({str(data)!r})."
         )
-        if not len(rows):
-            raise ValueError("there is no data in it.")
-        return rows
-
-    rows: datasets.Dataset = _load(name, split, read)
-    return rows
-
-
-def _card_has_configs(folder: Path) -> bool:
-    """Return whether the card of a Hub dataset lies in a folder, and names the files of each split."""
-    from huggingface_hub import metadata_load
-
-    card = folder / "README.md"
-    try:
-        return card.is_file() and "configs" in (metadata_load(card) or {})
-    except Exception:  # not a card
-        return False
-
-
-def _open_folder(name: str, folder: Path, split: str) -> tuple[datasets.Dataset, str | None]:
-    """Open one split of a folder. Return its rows, and for pictures a hash of their names and sizes."""
-    import datasets
-
-    if _card_has_configs(folder):
-        return _open_hub_layout(name, folder, split), None
-    files = folders.list_files(folder)
-    has_shards = any(re.search(r"-\d{5}-of-\d{5}", parts[-1]) for parts in files.tables)
-    if files.tables and files.pictures and not has_shards:
-        raise ValueError(
-            f"Dataset {name!r} holds {some('picture{s}', files.pictures)} and {some('table{s}', files.tables)}. Pass "
-            "the table itself, or move it out of the folder."
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or not len(data):
+        raise TypeError(
+            f"dataset of type {type(data).__name__} must hold pictures and have len() and [index]. Pass an "
+            "ImageDataset, a datasets.Dataset, a torch Dataset, or tensors of images and labels."
         )
-    if not files.pictures and not files.tables:
-        if any(IDX_FILE.search(parts[-1]) for parts in (*files.others, *files.archives)):
-            raise ValueError(f"Dataset {name!r} holds no pictures: {_IDX_HINT}.")
-        if any(not parts[-1].lower().endswith(".tar") for parts in files.archives):  # a .tar may be a WebDataset
+    return _ItemDataset(data, resolution, progress)
+
+
+class _ItemDataset(ImageDataset):
+    """The pictures of any dataset with `len()` and `[index]`; see [`as_image_dataset`]."""
+
+    def __init__(self, items: Any, resolution: int | None, progress: bool) -> None:
+        self._split, self._files_hash, self._rows, self._resolution = None, None, items, resolution
+        self._images, self._labels, self.id2label, self._mode = None, None, None, None
+        pictures = [self._item(index)[0] for index in _spread(len(items), 100)]
+        # One picture may lack black, many do not.
+        self._value_range = (-1, 1) if any(p.dtype != torch.uint8 and p.min() < 0 for p in pictures) else (0, 1)
+        self.shape: tuple[int, int, int] = self.pixels(0).shape
+        self.is_fixed = all(np.array_equal(self.pixels(i), self.pixels(i)) for i in _spread(len(items), 16))
+        is_labelled = self._item(0)[1] is not None
+        is_kept = self.is_fixed and len(items) * math.prod(self.shape) < MAX_BYTES_IN_MEMORY
+        if not is_kept and not is_labelled:
+            return
+        labels, images = [], np.empty((len(items) if is_kept else 0, *self.shape), dtype=np.uint8)
+        for index in tqdm(range(len(items)), desc="Reading images", unit="img", disable=not progress, leave=False):
+            picture, label = self._item(index)
+            if is_kept:
+                images[index] = self._pixels(index, picture)
+            if is_labelled:
+                try:
+                    labels.append(operator.index(label))
+                except TypeError as error:
+                    raise ValueError(
+                        f"The class of item {index} must be an index (0, 1, ...), not {label!r}."
+                    ) from error
+        self._images = torch.from_numpy(images) if is_kept else None
+        if is_labelled:
+            names = getattr(items, "classes", None) or []
+            is_named = len(names) > max(labels) and all(isinstance(name, str) for name in names)
+            self._set_labels(labels, dict(enumerate(names)) if is_named else None)
+
+    def pixels(self, index: int) -> np.ndarray[Any, Any]:
+        """Return one picture as uint8, (C, H, W) in [0, 255]; see [`ImageDataset.pixels`]."""
+        return super().pixels(index) if self._images is not None else self._pixels(index, self._item(index)[0])
+
+    def _pixels(self, index: int, picture: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Return the picture of item `index`, (C, H, W), as bytes, after a check of its range and shape."""
+        pixels = _to_bytes(picture, f"item {index}", self._value_range).numpy()
+        shape = getattr(self, "shape", pixels.shape)
+        if pixels.shape != shape or pixels.shape[0] not in (1, 3):
             raise ValueError(
-                f"Dataset {name!r} holds no pictures, but {some('archive{s}', files.archives)}. Unpack before use."
+                f"Item {index} has the shape {pixels.shape}, the first {shape}. All must have one shape (C, H, W), "
+                "with C = 1 or 3."
             )
-    if files.tables or not files.pictures:
-        return _open_hub_layout(name, folder, split), None
+        return pixels
 
-    asked = {part.partition("[")[0].strip() for part in split.split("+")}
-    roots = folders.find_splits(name, files.pictures, asked)
-    read, unread = {roots[key] for key in roots.keys() & asked}, {roots[key] for key in roots.keys() - asked}
-    unread -= read
-    pictures = {root: [parts for parts in files.pictures if is_below([root], parts)] for root in read | unread}
-    metadata = {root: [parts for parts in files.metadata if is_below([root], parts)] for root in read | unread}
-    listed = {root: paths for root, paths in pictures.items() if not metadata[root]}
-    classes, labels = folders.find_classes(name, listed, read)
-    splits: dict[Parts, Any] = dict(pictures)
-    notes = []
-    for root in sorted(read):
-        if metadata[root]:
-            splits[root] = rows = _open_metadata(name, split, [folder.joinpath(*parts) for parts in metadata[root]])
-            used = some("metadata file{s}", metadata[root])
-            notes.append(f"{len(rows)} rows and their labels come from {used} beside {len(pictures[root])} pictures")
-            continue
-        paths = [os.path.join(folder, *parts) for parts in pictures[root]]
-        for path in paths:
-            if re.search(r"[\ud800-\udfff]", path):
-                raise ValueError(f"Dataset {name!r}: the name of picture {path!a} is not UTF-8. Rename it.")
-        columns: dict[str, Any] = {"image": paths}
-        features: dict[str, Any] = {"image": datasets.Image(decode=False)}
-        if labels[root] is not None:
-            columns["label"] = labels[root]
-            features["label"] = datasets.ClassLabel(names=classes)
-        splits[root] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    rows = _part(name, split, {key: splits[root] for key, root in roots.items()})
+    def _item(self, index: int) -> tuple[torch.Tensor, Any]:
+        """Return the picture of one item, (C, H, W) uint8 or float, and its class or `None`."""
+        item = self._rows[index]
+        label = None
+        if isinstance(item, Mapping):
+            key = next((key for key in _IMAGE_KEYS if key in item), None)
+            if key is None:
+                raise ValueError(f"Item {index} has no picture: its keys are {', '.join(map(str, item))}.")
+            item, label = item[key], next((item[key] for key in _LABEL_KEYS if key in item), None)
+        elif isinstance(item, (tuple, list)):
+            item, label = item[0], item[1] if len(item) > 1 else None
+        if isinstance(item, Image.Image):
+            item = _to_8_bits(item)
+            self._mode = self._mode or ("L" if _is_grey(item.mode) else "RGB")
+            item = item.convert("L" if self._mode == "L" and _is_grey(item.mode) else "RGB")
+            if self._resolution is not None:
+                item = ImageOps.fit(item, (self._resolution, self._resolution))
+            item = np.asarray(item)
+        if isinstance(item, np.ndarray):
+            item = torch.tensor(item if item.ndim == 2 else item.transpose(2, 0, 1))
+        if not isinstance(item, torch.Tensor) or item.ndim not in (2, 3):
+            raise ValueError(f"Item {index} holds no picture, but {type(item).__name__}.")
+        return (item if item.ndim == 3 else item[None]), label
 
-    rest = folders.left_out(files, read, unread, [parts for root in read for parts in metadata[root]])
-    notes += [rest] if rest else []
-    if notes and os.environ.get("RANK", "0") == "0":  # once, not in each process of a run
-        print(f"Dataset {name!r}, split {split!r}: {'; '.join(notes)}.", file=sys.stderr)
-    lines = (f"{'/'.join(parts)}\0{files.pictures[parts]}\n" for root in sorted(read) for parts in pictures[root])
-    return rows, _short_hash(line.encode() for line in lines)
+
+def _spread(length: int, count: int) -> range:
+    """Return at most `count` indices, evenly spread over `length`."""
+    return range(0, length, -(-length // count))

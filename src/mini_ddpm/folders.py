@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -232,3 +233,11 @@ def some(phrase: str, paths: Collection[Parts]) -> str:
     """Return a number, what is counted and the first names: "5 pictures ('a.png', 'b.png', 'c.png', ...)"."""
     names = [repr("/".join(parts)) for parts in itertools.islice(paths, 3)] + ["..."] * (len(paths) > 3)
     return f"{len(paths)} {phrase.format(s='' if len(paths) == 1 else 's')} ({', '.join(names)})"
+
+
+def short_hash(parts: Iterable[bytes]) -> str:
+    """Return sixteen hexadecimal digits of the SHA-256 of all parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,14 +1,19 @@
-"""The choices that several commands share: device, precision, processes, steps, scheduler, guidance, extras."""
+"""The choices that several commands share: device, precision, processes, steps, scheduler, guidance, settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import inspect
+import json
 import math
 import os
 import platform
+import signal
+import threading
 import types
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +40,23 @@ SCHEDULERS = {
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_processes(device: torch.device) -> None:
+    """Wait until all processes that `accelerate launch` or `torchrun` started are here; alone, return at once."""
+    rank, processes = process_rank()
+    if processes == 1:
+        return
+    from accelerate import PartialState
+
+    # No handler of Python's runs meanwhile. By default SIGTERM, by which a launcher ends the other processes when one
+    # has failed, ends this one at once.
+    is_interruptible = rank > 0 and threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL) if is_interruptible else None
+    # The first such call connects the processes. They may wait for hours while one of them computes figures.
+    PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7)).wait_for_everyone()
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def find_device(name: str) -> torch.device:
@@ -132,6 +154,27 @@ def resolve_guidance(
     return options | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
 
 
+def resolve_labels(
+    pipe: Any, chosen: Sequence[str], count: int | None, rows: int
+) -> tuple[list[int] | None, list[str] | None, int | None]:
+    """Return the class label of every image, their names, and the number of columns that gives each class a column.
+
+    `chosen` are names and numbers of classes, which `count` images repeat; if there are none, each class has `rows`
+    images. All three are `None` for an unconditional pipeline.
+    """
+    if not hasattr(pipe, "get_label_ids"):
+        if chosen:
+            raise ValueError(f"--class-labels={' '.join(chosen)}: the pipeline is unconditional. Omit the labels.")
+        return None, None, None
+    names = pipe.config.id2label or {}
+    if chosen:
+        cycle = pipe.get_label_ids([int(x) if x.isdecimal() and x not in names.values() else x for x in chosen])
+    else:
+        cycle = list(range(pipe.unet.config.num_class_embeds - 1))  # the last label is the null label
+    labels = [cycle[i % len(cycle)] for i in range(count or len(cycle) * (1 if chosen else rows))]
+    return labels, [names.get(label, str(label)) for label in labels], len(cycle) if len(cycle) <= 20 else None
+
+
 def check_fields(config: Any, ranges: dict[str, tuple[float | None, float | None]]) -> None:
     """Check the types of a configuration's fields, and the ranges of its numbers. Strings become paths where due,
     and paths strings; `~` in a path is expanded.
@@ -163,6 +206,53 @@ def check_fields(config: Any, ranges: dict[str, tuple[float | None, float | None
                 raise ValueError(f"{field.name}={value!r} must be {'above 0' if 0 < low < 1 else f'at least {low}'}.")
             if high is not None and number > high:
                 raise ValueError(f"{field.name}={value!r} must be {'below 1' if 0 < high < 1 else f'at most {high}'}.")
+
+
+def saved_config(config_class: Any, path: str | Path) -> Any:
+    """Return the settings of an earlier training run.
+
+    Args:
+        config_class: The dataclass to return.
+        path: The folder of the run, or its `train_config.json`, whose folder then is the `output_dir`. In a file of
+            another name `output_dir` is what it says.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: The file does not hold the settings of a run, or not all: a part of the run was given in Python, or
+            the run is a round of a distillation.
+    """
+    file = Path(os.path.expanduser(path))
+    file = file / "train_config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise OSError(f"config={str(path)!r}: there is no {file}. Give the folder of a run, or its train_config.json.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        is_run = {"output_dir", "dataset_name", "global_batch_size"} <= settings.keys()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: it holds no settings of a training run.") from error
+    if not is_run:
+        raise ValueError(f"{file} holds no settings of a training run.")
+    if "distilled_from" in settings:
+        raise ValueError(
+            f"{file} is of a round of a distillation. Repeat it with: mini-ddpm distill {settings['distilled_from']}"
+        )
+    given = [name for name in ("unet", "scheduler", "loss_fn", "eval_dataset") if name in settings]
+    if given or settings["dataset_name"] is None:
+        raise ValueError(
+            f"{file}: the {given[0] if given else 'dataset'} of this run was given in Python, and no file holds it. "
+            "Call mini_ddpm.train with it again."
+        )
+    if file.name == "train_config.json":
+        settings["output_dir"] = str(file.parent)
+    # These follow from the others.
+    settings = {name: value for name, value in settings.items() if name not in ("global_batch_size", "dataset")}
+    if unknown := settings.keys() - {field.name for field in dataclasses.fields(config_class)}:
+        raise ValueError(f"{file} has the setting {min(unknown)!r}, which this version does not know.")
+    lists_as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    try:
+        return config_class(**lists_as_tuples)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _mismatch(value: Any, hint: Any) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 import zipfile
 import zlib
@@ -23,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .files import atomic_write
-from .options import DTYPES, process_rank
+from .options import DTYPES, process_rank, wait_for_processes
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -46,6 +47,11 @@ def config_json(component: Any) -> str:
 def weights_hash(pipe: Any) -> str:
     """Return a hash of the weights and the configuration of a pipeline's network, 16 hexadecimal digits."""
     return content_hash(pipe.unet.state_dict().items(), config_json(pipe.unet))[:16]
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is costly to make again: `MINI_DDPM_CACHE` or ~/.cache/mini-ddpm."""
+    return Path(os.environ.get("MINI_DDPM_CACHE") or "~/.cache/mini-ddpm").expanduser()
 
 
 def cached(folder: Path, key: list[Any], compute: Callable[[], Arrays]) -> Arrays:
@@ -122,10 +128,8 @@ def draw(
         for first in starts[rank::processes]:
             shards[first] = draw_shard(first)
             bar.update(min(shard_size * len(shards), own_count) - bar.n)
-    if processes > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=pipe.device.type == "cpu").wait_for_everyone()
+    if shared:
+        wait_for_processes(pipe.device)
     if rank > 0:
         return torch.empty(0, dtype=torch.uint8), 0.0, 0
     arrays = [shards[first] if first in shards else draw_shard(first) for first in starts]

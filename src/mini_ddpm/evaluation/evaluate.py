@@ -7,10 +7,11 @@
 and network evaluations per image.
 
 Compare a figure only with others of the same protocol: feature network and its precision, number of images, reference
-images, seed. Every result records its protocol, and a table holds results of one protocol. The first row is the floor:
-the same figures for real images that are not in the reference.
+images, seed; for class accuracy the classifier. Every result records its protocol, and a table holds results of one
+protocol. The first row is the floor: the same figures for real images that are not in the reference.
 
 Samples, features and figures are cached, under a hash of their inputs. An interrupted run resumes where it stopped.
+Several processes share the drawing and the features.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ from ..options import (
     default_steps,
     device_name,
     find_device,
+    process_rank,
     replace_scheduler,
     require,
     resolve_guidance,
+    wait_for_processes,
 )
 from ..plots import evaluation_curves, sampling_options
-from ..sampling import Arrays, cached, draw, weights_hash
+from ..sampling import Arrays, cache_folder, cached, draw, weights_hash
 from . import metrics
 from .features import (
     SHARD_SIZE,
-    cache_folder,
     extract_features,
     images_hash,
     inception_extractor,
@@ -75,6 +77,9 @@ COLUMNS = {
 }
 
 
+CLASSIFIER_KEYS = ("classifier", "classifier_hash")  # of a protocol with class accuracy
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measure a pipeline against real images: FID, KID, precision, recall, class accuracy, memorization, time.
@@ -92,6 +97,10 @@ class EvaluateConfig:
     """Split of the real images in the floor row. Default: whichever of test/train is not --split."""
     train_split: str = "train"
     """Split that the pipeline was trained on, for the memorization check."""
+    image_column: str | None = None
+    """Column of the pictures. Default: the first that holds images."""
+    label_column: str | None = None
+    """Column of the class indices. Default: the first that holds class labels."""
     resolution: int | None = None
     """Crop the real images to a square and resize them to this many pixels, as in training. Default: keep their
     size."""
@@ -126,7 +135,8 @@ class EvaluateConfig:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the pipeline's network."""
     batch_size: int = 250
-    """Number of images drawn, or passed through the feature network, at once."""
+    """Number of images drawn, or passed through the feature network, at once. `accelerate launch -m mini_ddpm
+    evaluate` splits the images among processes."""
     torch_compile: bool = False
     """Compile the pipeline's network. Pays off above a few thousand images."""
     device: str = "auto"
@@ -152,15 +162,17 @@ class EvaluateConfig:
         return self.other_split or {"test": "train", "train": "test"}.get(self.split)
 
 
-def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
+def evaluate(config: EvaluateConfig, *, shared: bool = False) -> list[dict[str, Any]]:
     """Measure a pipeline with every scheduler and number of steps in `config`, and write the results.
 
     Args:
         config: What to measure, and how.
+        shared: Whether all processes that `accelerate launch` or `torchrun` started make this call, to share the work.
+            Rank 0 computes the figures and writes the results.
 
     Returns:
         One record per row of the table, the floor first: settings, figures and protocol. Rows that the folder held
-        before are kept if they have these weights and this protocol.
+        before are kept if they have these weights and this protocol. Ranks above 0 get none.
 
     Raises:
         ValueError: Pipeline and dataset do not fit, or the folder holds results of another protocol.
@@ -171,7 +183,9 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     if config.feature_extractor != "inception" or config.classifier is not None:
         require("eval", "transformers")
     # 1. The pipeline and its samplers.
-    device = find_device(config.device)
+    device, rank = find_device(config.device), process_rank()[0] if shared else 0
+    if rank > 0:  # rank 0 checks everything, and downloads and decodes what all need
+        wait_for_processes(device)
     pipe: Any = load_pipeline(config.pipeline, dtype=DTYPES[config.dtype]).to(device)
     pipe.set_progress_bar_config(disable=True)
     schedulers = [replace_scheduler(pipe.scheduler, name) for name in config.schedulers] or [pipe.scheduler]
@@ -190,7 +204,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
 
     # 2. The real images.
     splits = _open_splits(config, pipe)
-    images = {name: split.stack(progress=sys.stderr.isatty()) for name, split in splits.items()}
+    images = {name: split.stack(progress=rank == 0 and sys.stderr.isatty()) for name, split in splits.items()}
     reference_images, reference_labels = images[config.split]
     train_images, _ = images.get(config.train_split, (None, None))
 
@@ -211,31 +225,42 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         "num_images": config.num_images,
         "seed": config.seed,
     }
+    classify = None
+    if config.classifier is not None:
+        classify, told = load_classifier(config.classifier, splits[config.split], device)
+        protocol |= told
     output_dir = config.output_dir or _default_output_dir(config.pipeline)
     rows = [row for row in _read_rows(output_dir, protocol) if row.get("weights", weights) == weights]
-    classify = load_classifier(config.classifier, splits[config.split], device) if config.classifier else None
+    if shared and rank == 0:
+        wait_for_processes(device)
 
     # 4. How images are measured: by their features, and by their pixels.
-    reference_features = extract_features(
-        reference_images, extractor, f"{config.split} images", device, config.batch_size
-    )
+    how: dict[str, Any] = {"device": device, "batch_size": config.batch_size, "shared": shared}
+    reference_features = extract_features(reference_images, extractor, f"{config.split} images", **how)
     metrics_hash = code_hash(Path(metrics.__file__))
-    train_radii = None if train_images is None else _cached_radii(train_images, metrics_hash)
+    train_radii = None if train_images is None or rank > 0 else _cached_radii(train_images, metrics_hash)
 
     def feature_figures(title: str, drawn: torch.Tensor) -> dict[str, float]:
-        features = extract_features(drawn, extractor, title, device, config.batch_size)
+        features = extract_features(drawn, extractor, title, **how)
+        if rank > 0:
+            return {}
         key = [extractor.key, reference_hash, images_hash(drawn), config.seed, metrics_hash]
         figures = _cached_figures(key, reference_features, features, config.seed)
         distance = "fid" if config.feature_extractor == "inception" else "frechet_distance"
         return {distance: figures.pop("frechet_distance"), **figures}
 
     def pixel_figures(drawn: torch.Tensor, labels: torch.Tensor | None) -> dict[str, float]:
-        figures = {}
+        figures: dict[str, float] = {}
+        if rank > 0:
+            return figures
         if classify is not None and labels is not None:
             figures["class_accuracy"] = round(float((classify(drawn) == labels).float().mean()), 6)
         if train_images is not None and train_radii is not None:
             figures["memorization"] = round(metrics.memorization(drawn, train_images, train_radii), 4)
         return figures
+
+    def with_row(row: dict[str, Any]) -> list[dict[str, Any]]:
+        return _write_rows(output_dir, rows, row | {"protocol": protocol}) if rank == 0 else []
 
     # 5. The floor: real images that are not in the reference. Class accuracy and memorization are measured on real
     # images that neither the classifier nor the pipeline was trained on.
@@ -248,14 +273,14 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
         for unseen, labels in [images[name] for name in images if name != config.train_split][:1]:
             chosen = _random_indices(len(unseen), config)
             row |= pixel_figures(unseen[chosen], labels[chosen] if labels is not None else None)
-        rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
+        rows = with_row(row)
 
     # 6. Each sampler.
     if samples is not None:
         drawn, drawn_labels, row = samples
         row = {"images": "generated", "weights": weights, "num_images": len(drawn), **row}
         row |= feature_figures(str(config.samples), drawn) | pixel_figures(drawn, drawn_labels)
-        return _write_rows(output_dir, rows, row | {"protocol": protocol})
+        return with_row(row)
     labels = _labels_to_draw(config, pipe, reference_labels)
     if config.torch_compile:
         pipe.unet.compile()
@@ -264,22 +289,18 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
             pipe.scheduler = scheduler
             options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta, **guidance}
             title = f"{steps} steps of {type(scheduler).__name__}"
+            work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": SHARD_SIZE, "seed": config.seed}
+            work |= {"labels": None if labels is None else labels.tolist(), "folder": cache_folder() / "samples"}
             drawn, seconds, evaluations = draw(
-                pipe,
-                config.num_images,
-                options,
-                labels=None if labels is None else labels.tolist(),
-                seed=config.seed,
-                batch_size=config.batch_size,
-                shard_size=SHARD_SIZE,
-                folder=cache_folder() / "samples",
-                title=f"Drawing, {title}",
+                pipe, config.num_images, options, title=f"Drawing, {title}", shared=shared, **work
             )
+            if rank > 0:  # it has its share of the features to compute
+                drawn, seconds, evaluations = draw(pipe, config.num_images, options, title="Reading", **work)
             row = {"images": "generated", "weights": weights, "scheduler": type(scheduler).__name__, **options}
             row |= {"dtype": config.dtype, "device": device_name(device), "num_images": len(drawn)}
             row |= feature_figures(title, drawn) | pixel_figures(drawn, labels)
             row |= {"unet_evaluations": evaluations, "seconds_per_image": float(f"{seconds / len(drawn):.3g}")}
-            rows = _write_rows(output_dir, rows, row | {"protocol": protocol})
+            rows = with_row(row)
     return rows
 
 
@@ -318,7 +339,12 @@ def code_hash(file: Path) -> str:
 
 def _open_splits(config: EvaluateConfig, pipe: Any) -> dict[str, ImageDataset]:
     """Open the splits of real images by name, the reference first; check their shape against the pipeline's."""
-    reference = image_dataset(config.dataset_name, config.split, resolution=config.resolution)
+
+    def open_split(name: str) -> ImageDataset:
+        columns = config.image_column, config.label_column
+        return image_dataset(config.dataset_name, name, *columns, config.resolution)
+
+    reference = open_split(config.split)
     channels, height, width = reference.shape
     if channels != pipe.unet.config.in_channels:
         raise ValueError(
@@ -336,7 +362,7 @@ def _open_splits(config: EvaluateConfig, pipe: Any) -> dict[str, ImageDataset]:
     for name, is_required in ((config.floor_split, config.other_split is not None), (config.train_split, False)):
         if name is not None and name not in splits:
             try:
-                splits[name] = image_dataset(config.dataset_name, name, resolution=config.resolution)
+                splits[name] = open_split(name)
             except ValueError:
                 if is_required:
                     raise
@@ -406,12 +432,27 @@ def _read_rows(folder: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_protocol(rows: Sequence[dict[str, Any]]) -> None:
-    """Raise `ValueError` unless all rows have one protocol. The dataset's name may differ: its hash counts."""
+    """Raise `ValueError` unless all rows have one protocol, and all class accuracies are of one classifier.
+
+    The names of dataset and classifier may differ: their hashes count. Earlier versions did not record the classifier.
+    """
     for row in rows:
         for key, value in rows[0]["protocol"].items():
-            other = row["protocol"][key]
-            if other != value and key != "dataset":
+            if key not in ("dataset", *CLASSIFIER_KEYS) and row["protocol"][key] != value:
+                other = row["protocol"][key]
                 raise ValueError(f"Results with {key}={value!r} and {key}={other!r} cannot be compared.")
+    telling = (row for row in rows if "class_accuracy" in row or "classifier" in row["protocol"])
+    classifiers = [_classifier(row) for row in telling]
+    for name, digest in classifiers:
+        if digest != classifiers[0][1]:
+            told = " and ".join(f"classifier={name} ({digest})" for name, digest in (classifiers[0], (name, digest)))
+            raise ValueError(f"Class accuracies with {told} cannot be compared.")
+
+
+def _classifier(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the name and the hash of the classifier of a row's protocol."""
+    name, digest = (row["protocol"].get(key, "unknown") for key in CLASSIFIER_KEYS)
+    return name, digest
 
 
 def _write_rows(folder: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -439,11 +480,13 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     protocol = rows[0]["protocol"]
+    classifier = next((_classifier(row) for row in rows if "classifier" in row["protocol"]), None)
+    accuracy = "" if classifier is None else "; class accuracy by {} ({})".format(*classifier)
     machines = ", ".join(sorted({f"{row['device']}, {row['dtype']}" for row in rows if "device" in row}))
     return "\n".join(lines) + (
         f"\n\n{protocol['num_images']:,} images (seeds from {protocol['seed']}) against the "
         f"{protocol['reference_images']:,} of {protocol['dataset']} {protocol['split']}; features of "
-        f"{protocol['feature_extractor']} in {protocol['feature_dtype']}. Drawn on: {machines or '-'}.\n"
+        f"{protocol['feature_extractor']} in {protocol['feature_dtype']}{accuracy}. Drawn on: {machines or '-'}.\n"
     )
 
 

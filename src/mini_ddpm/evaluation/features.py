@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from ..data import ImageDataset, to_model_range
 from ..files import atomic_write
-from ..options import DTYPES
-from ..sampling import Arrays, cached, content_hash
+from ..options import DTYPES, process_rank, wait_for_processes
+from ..sampling import Arrays, cache_folder, cached, content_hash
 
 SHARD_SIZE = 1000  # images in one file of the cache
 
@@ -36,11 +36,6 @@ class FeatureExtractor:
     name: str  # in the protocol, without the precision
     key: str  # a hash of weights, preprocessing and precision; features are cached under it
     run: Callable[[torch.Tensor], torch.Tensor]  # uint8 images (B, C, H, W), on its device, to features (B, D) float32
-
-
-def cache_folder() -> Path:
-    """Return the folder of samples, features and the Inception network: `MINI_DDPM_CACHE` or ~/.cache/mini-ddpm."""
-    return Path(os.environ.get("MINI_DDPM_CACHE") or "~/.cache/mini-ddpm").expanduser()
 
 
 def fetch_inception() -> Path:
@@ -133,16 +128,10 @@ def transformers_extractor(
     from transformers import AutoModel
 
     name, dtype = os.path.expanduser(name), DTYPES[feature_dtype]
-    network, loading = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    network = network.to(device).eval()
+    network = _open_network(AutoModel, "feature_extractor", name, dtype=dtype).to(device)
     if network.main_input_name != "pixel_values" and not hasattr(network, "get_image_features"):
         raise ValueError(
             f"feature_extractor={name!r} is not a vision model: it takes {network.main_input_name}, not pixel_values."
-        )
-    if loading["missing_keys"]:  # transformers initializes them at random
-        raise ValueError(
-            f"feature_extractor={name!r} has no weights for {min(loading['missing_keys'])}, so its features would be "
-            "random. Choose another model."
         )
     prepare, settings = image_preprocessing(name, network)
     encode = getattr(network, "get_image_features", network)
@@ -156,7 +145,23 @@ def transformers_extractor(
         return features
 
     key = content_hash(network.state_dict().items(), feature_dtype, settings)
-    return FeatureExtractor(Path(name).name if Path(name).is_dir() else name, key, run)
+    return FeatureExtractor(_publishable_name(name), key, run)
+
+
+def _open_network(auto_class: Any, field: str, name: str, **options: Any) -> Any:
+    """Open a model of transformers, in evaluation mode; a `ValueError` that names `field` if it lacks weights."""
+    network, loading = auto_class.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **options)
+    if loading["missing_keys"]:  # transformers initializes them at random
+        raise ValueError(
+            f"{field}={name!r} has no weights for {min(loading['missing_keys'])}, so its output would be random. "
+            "Choose another model."
+        )
+    return network.eval()
+
+
+def _publishable_name(name: str) -> str:
+    """Return a Hub id unchanged, and the last part of a folder's path: do not publish local paths."""
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def image_preprocessing(name: str, network: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
@@ -187,27 +192,39 @@ def extract_features(
     title: str,
     device: torch.device | str = "cpu",
     batch_size: int = 250,
+    shared: bool = False,
 ) -> torch.Tensor:
     """Return the features (N, D) float32 of uint8 images (N, C, H, W), on the CPU, out of the cache where possible.
 
-    `title` names the images in the progress bar. The network is on `device` and gets `batch_size` images at once.
+    `title` names the images in the progress bar. The network is on `device` and gets `batch_size` images at once. With
+    `shared`, all processes share the work: each of them makes this call, and ranks above 0 get an empty tensor.
     """
-    features: list[torch.Tensor] = []
-    with tqdm(total=len(images), desc=f"Features of {title}", unit="img", disable=None) as bar:
-        for shard in torch.split(images, SHARD_SIZE):
+    rank, processes = process_rank() if shared else (0, 1)
+    shards = torch.split(images, SHARD_SIZE)
+    own = range(rank, len(shards), processes)
 
-            def compute(shard: torch.Tensor = shard) -> Arrays:
-                batches = []
-                for batch in torch.split(shard, batch_size):
-                    batches.append(extractor.run(batch.to(device)).cpu())
-                    bar.update(len(batch))
-                return {"features": torch.cat(batches).numpy()}
+    def features_of(shard: torch.Tensor) -> torch.Tensor:
+        def compute() -> Arrays:
+            batches = []
+            for batch in torch.split(shard, batch_size):
+                batches.append(extractor.run(batch.to(device)).cpu())
+                bar.update(len(batch))
+            return {"features": torch.cat(batches).numpy()}
 
-            end = len(features) * SHARD_SIZE + len(shard)
-            stored = cached(cache_folder() / "features", [extractor.key, images_hash(shard)], compute)
-            features.append(torch.from_numpy(stored["features"]))
-            bar.update(end - bar.n)
-    return torch.cat(features)
+        stored = cached(cache_folder() / "features", [extractor.key, images_hash(shard)], compute)
+        return torch.from_numpy(stored["features"])
+
+    features: dict[int, torch.Tensor] = {}
+    count = sum(len(shards[index]) for index in own)
+    with tqdm(total=count, desc=f"Features of {title}", unit="img", disable=None if rank == 0 else True) as bar:
+        for index in own:
+            features[index] = features_of(shards[index])
+            bar.update(sum(map(len, features.values())) - bar.n)
+    if shared:
+        wait_for_processes(torch.device(device))
+    if rank > 0:
+        return torch.empty(0)
+    return torch.cat([features[i] if i in features else features_of(shard) for i, shard in enumerate(shards)])
 
 
 def images_hash(images: torch.Tensor) -> str:
@@ -217,21 +234,24 @@ def images_hash(images: torch.Tensor) -> str:
 
 def load_classifier(
     name: str, reference: ImageDataset, device: torch.device
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Open an image classifier of transformers, as a function from uint8 images (N, C, H, W) to classes (N,).
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, str]]:
+    """Open an image classifier of transformers, by Hub id or folder.
 
-    Raise `OSError` if there is none, and `ValueError` if `reference` has another number of classes.
+    Return a function from uint8 images (N, C, H, W) to classes (N,), and what the protocol says of the classifier.
+    Raise `OSError` if there is none, and `ValueError` if `reference` has another number of classes, or the classifier
+    lacks weights.
     """
     from transformers import AutoModelForImageClassification
 
     name = os.path.expanduser(name)
-    network = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False).to(device).eval()
+    network = _open_network(AutoModelForImageClassification, "classifier", name).to(device)
     classes = len(reference.id2label or {})
     if network.config.num_labels != classes:
         raise ValueError(
             f"classifier={name!r} has {network.config.num_labels} classes, but the dataset has {classes}."
         )
-    prepare, _ = image_preprocessing(name, network)
+    prepare, settings = image_preprocessing(name, network)
+    digest = content_hash(network.state_dict().items(), settings)
 
     @torch.inference_mode()
     def classify(images: torch.Tensor) -> torch.Tensor:
@@ -239,4 +259,4 @@ def load_classifier(
             [network(prepare(batch).to(device)).logits.argmax(1).cpu() for batch in torch.split(images, 250)]
         )
 
-    return classify
+    return classify, {"classifier": _publishable_name(name), "classifier_hash": digest[:16]}

@@ -7,12 +7,17 @@ apart from its inputs and libraries, stands here.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage, as in arXiv 2002.09797
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as in arXiv 1801.01401
+
+
+# One process has all features. By default torchmetrics would wait for those of the other processes.
+LOCAL: dict[str, Any] = {"sync_on_compute": False}
 
 
 class _Precomputed(nn.Module):
@@ -34,7 +39,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Precomputed(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Precomputed(real.shape[1]), **LOCAL)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return max(0.0, float(metric.compute()))
@@ -51,7 +56,8 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor, seed: int = 0) 
     size = min(KID_SUBSET_SIZE, len(real), len(generated))
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # a warning about the memory that the features need
-        metric = KernelInceptionDistance(feature=_Precomputed(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        options: dict[str, Any] = {"subsets": KID_SUBSETS, "subset_size": size, **LOCAL}
+        metric = KernelInceptionDistance(feature=_Precomputed(real.shape[1]), **options)
         torch.manual_seed(seed)  # torchmetrics draws the subsets with torch's global generator
         metric.update(real, real=True)
         metric.update(generated, real=False)

@@ -144,7 +144,18 @@ def write_card(pipe: Any, folder: Path) -> None:
     """
     source = pipe._source_folder()
     if source is not None and source.resolve() != folder.resolve() and _holds_weights(source, pipe.unet):
-        _copy_facts_and_card(source, folder)
+        write_card_like(source, folder)
+    else:
+        _write_rendered_card(folder)
+
+
+def write_card_like(source: Path, folder: Path) -> None:
+    """Write the card of a pipeline's folder whose weights are those in another folder, with what is known there."""
+    _copy_facts_and_card(source, folder)
+    _write_rendered_card(folder)
+
+
+def _write_rendered_card(folder: Path) -> None:
     card = folder / "README.md"
     if not card.is_file() or is_rendered(card):
         write_text(card, render_card(read_facts(folder)))

@@ -19,13 +19,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 import diffusers
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from safetensors import SafetensorError, safe_open
 
 from ..models.unet_mini import CONFIG_BOUNDS, MAX_LEVELS
 from ..pipelines.portable import CHECKSUMS, sha256
 from ..schedulers.scheduling_base import MAX_TRAIN_TIMESTEPS
 from .download import download, remove_corrupt_files
+from .index import components, parts_given
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 """The folder of the pipelines that ship with the package."""
@@ -72,7 +75,9 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
             "user/name". A bundled name wins over a folder of the same name: write `./mnist` for the folder.
         **kwargs: Arguments of `from_pretrained`: `dtype`, `revision`, `token`, `variant`, `local_files_only`, and
             components that replace the saved ones, such as `scheduler=...`. Weights must be safetensors, unless
-            `use_safetensors=False`.
+            `use_safetensors=False`. A part whose class is neither diffusers' nor ours is given
+            (`unet=MyUNet.from_pretrained(folder, subfolder="unet")`), or comes from the code saved with it
+            (`trust_remote_code=True`), or has a class that is imported already from the same source.
 
     Returns:
         The pipeline. Its class is the installed one, not the code saved with it.
@@ -83,9 +88,10 @@ def load_pipeline(name_or_path: str | Path, **kwargs: Any) -> DiffusionPipeline:
             the file and, in a configuration, the key.
     """
     kwargs.setdefault("use_safetensors", True)
-    folder = _find_folder(str(name_or_path), kwargs)
-    with _in_one_line(folder):
-        _check_folder(folder, kwargs)
+    with parts_given(kwargs):
+        folder = _find_folder(str(name_or_path), kwargs)
+    with in_one_line(folder), parts_given(kwargs):
+        check_folder(folder, kwargs)
         return DiffusionPipeline.from_pretrained(folder, **kwargs)
 
 
@@ -184,7 +190,7 @@ def _find_folder(name: str, kwargs: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _in_one_line(folder: Path) -> Iterator[None]:
+def in_one_line(folder: Path) -> Iterator[None]:
     """Let only `OSError` and `ValueError` of one line that name the folder or a file in it leave the block."""
     try:
         yield
@@ -197,7 +203,7 @@ def _in_one_line(folder: Path) -> Iterator[None]:
         raise (OSError if isinstance(error, OSError) else ValueError)(line) from error
 
 
-def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
+def check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
     """Raise on the first problem that would otherwise fail with an obscure error or silently give bad images."""
     index_file = folder / "model_index.json"
     read_json(index_file)
@@ -212,34 +218,53 @@ def _check_folder(folder: Path, kwargs: dict[str, Any]) -> None:
     _check_keys(index_file, index, pipeline_class)
 
     configs: dict[str, Any] = {}
-    for component, base in _components(pipeline_class).items():
+    for component, base in components(pipeline_class).items():
         if component in kwargs:
             continue
-        value = index[component]
-        library, class_name = value if isinstance(value, list) and len(value) == 2 else (None, value)
-        component_class = _find_class(class_name, base)
-        if library != "diffusers" or component_class is None:
-            raise ValueError(
-                f"{index_file}: the component {component!r} has an unknown class, {_short(class_name)} of"
-                f" {_short(library)}. It must be a class of diffusers or mini-ddpm."
-            )
+        component_class = _component_class(index_file, component, index[component], base, kwargs)
         config_file = folder / component / component_class.config_name
         if not config_file.is_file():
             raise OSError(f"{folder} is an incomplete pipeline: it has no {component}/{config_file.name}.")
         config = configs[component] = read_json(config_file)
         _check_keys(config_file, config, component_class)
         if issubclass(component_class, diffusers.ModelMixin):
-            with torch.device("meta"), _prefixed(config_file):
+            # A constructor of the user's own may compute with other tensors than parameters.
+            known = _is_known(component_class)
+            with torch.device("meta") if known else init_empty_weights(), _prefixed(config_file):
                 network = component_class.from_config(config)
             if kwargs["use_safetensors"]:
                 _check_weights(folder / component, network, kwargs.get("variant"))
     _check_pipeline(index_file, index, configs)
 
 
-def _components(pipeline_class: Any) -> dict[str, Any]:
-    """Return the base class of each component of a pipeline class, by the component's name."""
-    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
-    return {p.name: p.annotation for p in parameters if p.default is p.empty and p.name != "self"}
+def _component_class(index_file: Path, component: str, value: Any, base: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the class of a component, from the file saved with it if the caller trusts that."""
+    library, name = value if isinstance(value, list) and len(value) == 2 else (None, value)
+    found = _find_class(name, base) if library == "diffusers" else None
+    if found is not None:
+        return found
+    advice = "."
+    if library != "diffusers" and isinstance(name, str) and name.isidentifier():
+        given = f'{component}={name}.from_pretrained(folder, subfolder="{component}")'
+        advice = f", or be given: `load_pipeline(folder, {given})`."
+        source = index_file.parent / component / f"{library}.py"
+        if isinstance(library, str) and re.fullmatch(r"\w+", library) and source.is_file():
+            if kwargs.get("trust_remote_code"):
+                found = get_class_from_dynamic_module(
+                    source.parent, source.name, class_name=name, trust_remote_code=True
+                )
+                if isinstance(found, type) and issubclass(found, base):
+                    return found
+            advice = f"{advice[:-1]}. If you trust the code in {source}, `trust_remote_code=True` runs it."
+    raise ValueError(
+        f"{index_file}: the component {component!r} has an unknown class, {_short(name)} of {_short(library)}. It must"
+        f" be a class of diffusers or mini-ddpm{advice}"
+    )
+
+
+def _is_known(cls: Any) -> bool:
+    """Return whether a class is one of diffusers or of ours, not of the user's own."""
+    return cls.__module__.partition(".")[0] in ("diffusers", "mini_ddpm")
 
 
 def _find_class(name: Any, base: Any) -> Any:
@@ -271,6 +296,10 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
     own = dict(inspect.signature(cls.__init__).parameters)
     expected = own.keys() - {"self", "kwargs"}
     known = {key: [own[key]] for key in expected}
+    if not _is_known(cls):  # `register_to_config` of the constructor of a base class adds its keys
+        for base in cls.__mro__[1:]:
+            for key, parameter in inspect.signature(base.__init__).parameters.items():
+                known.setdefault(key, []).append(parameter)
     if cls.has_compatibles:  # a scheduler keeps the keys of the schedulers it was converted from
         for other in cls._get_compatibles():
             for key, parameter in inspect.signature(other.__init__).parameters.items():
@@ -296,10 +325,11 @@ def _check_keys(file: Path, config: dict[str, Any], cls: Any) -> None:
     for key, annotation in _OTHER_KEYS.items():
         if key in config and not _fits(config[key], annotation):
             raise ValueError(f"{file}: `{key}` must be {_describe(annotation)}, but is {_short(config[key])}.")
-    for key in sorted(config.keys() & known.keys() - _components(cls).keys()):
+    for key in sorted(config.keys() & known.keys() - components(cls).keys()):
         value = config[key]
         _check_value(file, key, value, known[key], is_ours and key in own)
-        longest = MAX_LEVELS if issubclass(cls, diffusers.ModelMixin) else MAX_TRAIN_TIMESTEPS
+        is_network = issubclass(cls, diffusers.ModelMixin) and _is_known(cls)
+        longest = MAX_LEVELS if is_network else MAX_TRAIN_TIMESTEPS
         if isinstance(value, list) and len(value) > longest:
             raise ValueError(f"{file}: `{key}` has {len(value):,} entries; at most {longest:,} are allowed.")
 
@@ -422,15 +452,17 @@ def _weights_files(folder: Path, variant: str | None) -> tuple[list[Path], dict[
 def _check_weights(folder: Path, network: Any, variant: str | None) -> None:
     """Raise if the weights are missing, were damaged or changed, or do not fit the network of the config."""
     files, places = _weights_files(folder, variant)
+    tensors = network.state_dict()
     stored: dict[str, list[int]] = {}
     for file in files:
         for key, (shape, dtype) in read_header(file).items():
             stored[key] = shape
-            if not dtype.startswith(("F", "BF")):
+            is_float = key not in tensors or tensors[key].is_floating_point()  # unlike the counters of a BatchNorm
+            if is_float and not dtype.startswith(("F", "BF")):
                 raise ValueError(f"{file}: {key} is stored as {dtype}. Weights must be floating point numbers.")
             if places is not None and places.get(key) != file.name:
                 raise ValueError(f"{file} holds {key}, which its index file does not say.")
-    expected = {key: list(tensor.shape) for key, tensor in network.state_dict().items()}
+    expected = {key: list(tensor.shape) for key, tensor in tensors.items()}
     for key in sorted(stored.keys() | expected.keys()):
         if stored.get(key) != expected.get(key):
             raise ValueError(

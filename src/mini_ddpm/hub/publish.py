@@ -11,19 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from ..files import write_text
-from ..pipelines.portable import CHECKSUMS, PORTABLE_MODULE
-from .card import is_rendered, render_card, write_card
+from ..pipelines.portable import BUNDLE, CHECKSUMS
+from .card import is_rendered, render_card, write_card, write_card_like
 from .errors import explain_hub_errors
 from .facts import read_facts, refuse_links_to_elsewhere
 from .load import (
     WEIGHTS_FILE,
     check_checksums,
+    check_folder,
+    in_one_line,
     load_pipeline,
     local_folder,
     read_checksums,
@@ -53,19 +56,34 @@ def staged_pipeline(name_or_path: str | Path) -> Iterator[Path]:
     """Give a temporary folder with the files that `push` publishes."""
     source = local_folder(name_or_path)
     refuse_links_to_elsewhere(source)
+    read_json(source / "model_index.json")
+    index = DiffusionPipeline._dict_from_json_file(source / "model_index.json")
+    foreign = []
+    for key in ("unet", "scheduler"):
+        match index.get(key):
+            case [str(library), str()] if library != "diffusers":
+                foreign.append(key)
     variant = next(iter(weights_by_variant(source / "unet")), None)
-    pipe: Any = load_pipeline(source.resolve(), variant=variant)
+    if foreign:  # a class of the user's own, whose code is published and not run
+        with in_one_line(source):
+            check_folder(source, {"use_safetensors": True, "variant": variant, **dict.fromkeys(foreign)})
+    else:
+        pipe: Any = load_pipeline(source.resolve(), variant=variant)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for component in pipe.components:
-            for file in (source / component).iterdir():
-                is_ours = file.suffix in (".json", ".safetensors") and not file.name.startswith(".")
-                if is_ours and file.is_file():
-                    check_checksums(source, [file])
-                    (folder / component).mkdir(exist_ok=True)
-                    shutil.copyfile(file, folder / component / file.name)
-        pipe.to_json_file(folder / "model_index.json")
-        write_card(pipe, folder)
+        for file in (*source.glob("unet/*"), *source.glob("scheduler/*"), *source.glob("*")):
+            is_part = file.parent != source and file.suffix in (".json", ".safetensors") and file.name[0] != "."
+            is_source = file.suffix == ".py" and BUNDLE.fullmatch(file.stem) is not None
+            if file.is_file() and (is_part or (foreign and (is_source or file.name == "model_index.json"))):
+                check_checksums(source, [file])
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+        if foreign:
+            write_card_like(source, folder)
+        else:
+            pipe.to_json_file(folder / "model_index.json")
+            write_card(pipe, folder)
         yield folder
 
 
@@ -182,8 +200,7 @@ def replacement_key(name: str) -> tuple[str, str, str | None] | None:
     """
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.rpartition(".")
-    code = PORTABLE_MODULE.fullmatch(stem)
-    if suffix == "py" and code is not None and code[2] is not None:
+    if suffix == "py" and BUNDLE.fullmatch(stem):
         return folder, "code", None
     index = re.fullmatch(r"diffusion_pytorch_model\.safetensors\.index(?:\.(\w+))?\.json", file)
     if match := index or WEIGHTS_FILE.fullmatch(file):

@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -321,12 +321,13 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
             1 for single pixels. Other sizes than multiples of p are padded by repeating the edge, then cropped.
         head_channels: Width K of the head at full resolution, which smooths the seams between patches; 0 for none.
         down_block_types: One name per level, "DownBlock2D" or "AttnDownBlock2D" (with self-attention). The way up
-            mirrors the way down.
+            mirrors the way down. "auto": all levels but the first have attention.
         block_out_channels: Width D of each level, finest first. Each level after the first halves H and W, rounded up.
         layers_per_block: Residual blocks in each level of the way down. The way up has one more.
-        attention_head_dim: Width of one attention head. It must divide the widths that have attention.
+        attention_head_dim: Width of one attention head, a divisor of the widths with attention. "auto": at most 32.
         add_attention: Whether the mid block has self-attention.
-        norm_num_groups: Groups of every GroupNorm. It must divide all widths.
+        norm_num_groups: Groups of every GroupNorm, a divisor of all widths. "auto": the largest one up to 32. The
+            configuration holds what "auto" chose.
         norm_eps: Epsilon of every GroupNorm.
         dropout: Dropout probability in residual blocks and attention, in [0, 1).
         num_class_embeds: Number of class embeddings. The last one is the null label ("no class"). `None` for an
@@ -352,29 +353,24 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         out_channels: int = 1,
         patch_size: int = 2,
         head_channels: int = 0,
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D"),
+        down_block_types: tuple[str, ...] | Literal["auto"] = "auto",
         block_out_channels: tuple[int, ...] = (64, 96),
         layers_per_block: int = 2,
-        attention_head_dim: int = 32,
+        attention_head_dim: int | Literal["auto"] = "auto",
         add_attention: bool = True,
-        norm_num_groups: int = 32,
+        norm_num_groups: int | Literal["auto"] = "auto",
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
     ) -> None:
         super().__init__()
-        self._check_config()
+        self._complete_config()
         widths = tuple(block_out_channels)
-        attends = tuple(name == "AttnDownBlock2D" for name in down_block_types)
+        attends = tuple(name == "AttnDownBlock2D" for name in self.config.down_block_types)
 
         embedding_dim = 4 * widths[0]
-        shared: dict[str, Any] = {
-            "embedding_dim": embedding_dim,
-            "attention_head_dim": attention_head_dim,
-            "norm_num_groups": norm_num_groups,
-            "norm_eps": norm_eps,
-            "dropout": dropout,
-        }
+        shared = {key: self.config[key] for key in ("attention_head_dim", "norm_num_groups", "norm_eps", "dropout")}
+        shared["embedding_dim"] = embedding_dim
 
         self.time_embedding = MiniTimestepEmbedding(widths[0], embedding_dim)
         self.class_embedding = nn.Embedding(num_class_embeds, embedding_dim) if num_class_embeds is not None else None
@@ -382,32 +378,23 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
 
         self.down_blocks = nn.ModuleList()
         for level, width in enumerate(widths):
-            self.down_blocks.append(
-                MiniDownBlock(
-                    downsample_from=widths[level - 1] if level > 0 else None,
-                    in_channels=(width,) * layers_per_block,
-                    out_channels=width,
-                    attention=(attends[level],) * layers_per_block,
-                    **shared,
-                )
-            )
+            self.down_blocks.append(MiniDownBlock(
+                downsample_from=widths[level - 1] if level > 0 else None, in_channels=(width,) * layers_per_block,
+                out_channels=width, attention=(attends[level],) * layers_per_block, **shared,
+            ))  # fmt: skip
         self.mid_block = MiniMidBlock(
             in_channels=(widths[-1], widths[-1]), out_channels=widths[-1], attention=(add_attention, False), **shared
         )
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             width, below = widths[level], widths[min(level + 1, len(widths) - 1)]
-            self.up_blocks.append(
-                MiniUpBlock(
-                    upsample_from=below if level < len(widths) - 1 else None,
-                    in_channels=(below + width,) + (2 * width,) * layers_per_block,
-                    out_channels=width,
-                    attention=(attends[level],) * (layers_per_block + 1),
-                    **shared,
-                )
-            )
+            self.up_blocks.append(MiniUpBlock(
+                upsample_from=below if level < len(widths) - 1 else None,
+                in_channels=(below + width,) + (2 * width,) * layers_per_block,
+                out_channels=width, attention=(attends[level],) * (layers_per_block + 1), **shared,
+            ))  # fmt: skip
 
-        self.norm_out = MiniGroupNorm(norm_num_groups, widths[0], eps=norm_eps)
+        self.norm_out = MiniGroupNorm(self.config.norm_num_groups, widths[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (out_channels + head_channels) * patch_size**2, 3, padding=1)
         # A new network predicts almost zero, so its first loss is that of predicting the mean. Exactly zero would give
         # no other layer a gradient in the first step, and an adapter on them would have no effect.
@@ -416,44 +403,48 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
                 parameter.mul_(0.3)
         self.head = MiniHead(in_channels, out_channels, head_channels) if head_channels else None
 
-    def _check_config(self) -> None:
-        """Raise a `ValueError` that names the config key that is impossible, before anything is built from it."""
+    def _complete_config(self) -> None:
+        """Check the configuration before anything is built, and replace "auto". A `ValueError` names the bad key."""
         config, allowed = self.config, ("DownBlock2D", "AttnDownBlock2D")
-        widths, down_block_types = config.block_out_channels, config.down_block_types
-        for name in ("block_out_channels", "down_block_types"):
-            if not isinstance(config[name], (list, tuple)):
-                raise ValueError(f"{name}={config[name]!r} must be a list with one entry per level.")
-        if unknown := [name for name in down_block_types if name not in allowed]:
+        widths, types, auto = config.block_out_channels, config.down_block_types, "auto"
+        for name, value in (("block_out_channels", widths), ("down_block_types", types if types != auto else ())):
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}={value!r} must be a list with one entry per level.")
+        if not 0 < len(widths) <= MAX_LEVELS:
+            raise ValueError(f"block_out_channels has {len(widths)} levels; it needs 1 to {MAX_LEVELS}.")
+        if types == auto:
+            types = (allowed[0],) + (allowed[1],) * (len(widths) - 1)
+        if unknown := [name for name in types if name not in allowed]:
             raise ValueError(f"down_block_types holds {unknown}; allowed are {allowed}.")
-        if len(down_block_types) != len(widths) or not widths:
-            raise ValueError(
-                f"down_block_types has {len(down_block_types)} entries and block_out_channels {len(widths)}; both "
-                "need one per level."
-            )
-        if len(widths) > MAX_LEVELS:
-            raise ValueError(f"block_out_channels has {len(widths)} levels; at most {MAX_LEVELS} are allowed.")
+        if len(types) != len(widths):
+            told = f"down_block_types has {len(types)} entries and block_out_channels {len(widths)}; both need one per"
+            raise ValueError(f'{told} level. down_block_types="auto" derives it.')
         lengths = {"block_out_channels": len(widths), "sample_size": 2}  # of the values that may be lists
+        optional = {"sample_size": None, "num_class_embeds": None, "attention_head_dim": auto, "norm_num_groups": auto}
         for name, bounds in CONFIG_BOUNDS.items():
             value = config[name]
             if isinstance(value, (list, tuple)) and len(value) != lengths.get(name):
                 raise ValueError(f"{name}={value!r} has the wrong length.")
-            if value is not None or name not in ("sample_size", "num_class_embeds"):
+            if name not in optional or value != optional[name]:
                 check_bounds(name, value, *bounds)
+        if odd := [width for width in widths if width % 2]:
+            raise ValueError(f"block_out_channels has {odd[0]}, which must be even.")
         if not isinstance(config.add_attention, bool):
             raise ValueError(f"add_attention={config.add_attention!r} must be True or False.")
-        for width in widths:
-            if width % config.norm_num_groups or width % 2:
-                raise ValueError(
-                    f"block_out_channels has {width}, which must be even and divisible by "
-                    f"norm_num_groups={config.norm_num_groups}."
-                )
-        attended = {w for w, name in zip(widths, down_block_types, strict=True) if name == "AttnDownBlock2D"}
-        for width in attended | ({widths[-1]} if config.add_attention else set()):
-            if width % config.attention_head_dim:
-                raise ValueError(
-                    f"block_out_channels has {width} with attention, not divisible by "
-                    f"attention_head_dim={config.attention_head_dim}."
-                )
+        attended = [width for width, name in zip(widths, types, strict=True) if name == allowed[1]]
+        attended += [widths[-1]] if config.add_attention else []
+        derived: dict[str, Any] = {"down_block_types": types}
+        for name, divided in (("norm_num_groups", widths), ("attention_head_dim", attended)):
+            divisor = config[name]
+            if divisor == auto:
+                divisor = max(number for number in range(1, 33) if math.gcd(*divided) % number == 0)
+            for width in divided:
+                if width % divisor:
+                    place = " with attention" if divided is attended else ""
+                    told = f"block_out_channels has {width}{place}, not divisible by {name}={divisor}."
+                    raise ValueError(f'{told} {name}="auto" derives it.')
+            derived[name] = divisor
+        self.register_to_config(**derived)
 
     @classmethod
     def from_pretrained(
@@ -469,6 +460,13 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         if constants.HF_HUB_OFFLINE:
             kwargs["local_files_only"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[no-any-return]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leave out the keys that a subclass with a constructor of its own sets. diffusers would warn of them."""
+        own, known = MiniUNet2DModel._get_init_keys(MiniUNet2DModel), cls._get_init_keys(cls)
+        config_dict = {key: value for key, value in config_dict.items() if key in known or key not in own}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "MiniUNet2DModel":

@@ -6,6 +6,7 @@ interrupt flag) belongs to that call alone.
 
 import copy
 import inspect
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
 
 # The number of denoising steps of a call that gives none. A distilled pipeline has its own.
 DEFAULT_NUM_INFERENCE_STEPS = 20
@@ -32,7 +34,7 @@ def default_steps(pipe: Any) -> int:
 
 @dataclass
 class MiniDDPMPipelineOutput(BaseOutput):  # type: ignore[misc]
-    """The result of a pipeline call.
+    """The result of a pipeline call. A notebook shows its images where it is the last line of a cell.
 
     Attributes:
         images: B images: a list of `PIL.Image` ("pil"), an array (B, H, W, C) in [0, 1] ("np"), a tensor (B, C, H, W)
@@ -46,6 +48,24 @@ class MiniDDPMPipelineOutput(BaseOutput):  # type: ignore[misc]
     images: list[Any] | np.ndarray[Any, Any] | torch.Tensor
     latents_trajectory: torch.Tensor | None = None
     pred_original_samples: torch.Tensor | None = None
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the first 64 images as one PNG, for a notebook; `None` if they are neither grey nor RGB."""
+        images: Any = self.images[:64]
+        if not isinstance(images, list):
+            if isinstance(images, torch.Tensor):
+                images = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+            if images.shape[-1] not in (1, 3):
+                return None
+            is_latent = images.min() < 0  # in [-1, 1]; the others are in [0, 1]
+            images = numpy_to_pil((images / 2 + 0.5 if is_latent else images).clip(0, 1))
+        scale = max(1, 64 // max(images[0].size))
+        tiles = [ImageOps.expand(ImageOps.scale(image.convert("RGB"), scale, 0), 2, "white") for image in images]
+        columns = min(10, len(tiles))
+        tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
+        file = io.BytesIO()
+        make_image_grid(tiles, len(tiles) // columns, columns).save(file, format="png")
+        return file.getvalue()
 
 
 class CallAttribute:
@@ -177,6 +197,7 @@ class DenoisingPipelineMixin:
         steps, output_type = options["num_inference_steps"], options["output_type"]
         if steps is None:
             steps = default_steps(self)
+        options = options | {"generator": seeded_generator(options["generator"])}
         self._check_inputs(options | {"batch_size": batch_size, "num_inference_steps": steps})
         latents = self._prepare_latents(batch_size, options)
         conditions = {name: tensor.to(latents.device) for name, tensor in conditions.items()}
@@ -219,17 +240,18 @@ class DenoisingPipelineMixin:
         eta, generator, batch_size = options["eta"], options["generator"], options["batch_size"]
         if not isinstance(eta, (int, float, np.number)) or not 0 <= eta < float("inf"):
             raise ValueError(f"`eta` must be a number of at least 0, usually 0 to 1, but is {eta!r}.")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        generators = generator if isinstance(generator, list) else [generator]
         if len(generators) != batch_size and generators is generator:
             raise ValueError(
-                f"`generator` is a list of {len(generators)} for {batch_size} images. Give one generator per image."
+                f"`generator` is a list of {len(generators)} for {batch_size} images. Give one seed or generator per"
+                " image."
             )
         if generator is not None:
             for one in generators:
                 if not isinstance(one, torch.Generator):
                     raise ValueError(
-                        "`generator` must be a torch.Generator or a list of them, such as"
-                        f" torch.Generator().manual_seed(0), but is or holds {one!r}."
+                        "`generator` must be a seed, such as 0, a torch.Generator, or a list with one of them per"
+                        f" image, but is or holds {one!r}."
                     )
             device = self._execution_device  # type: ignore[attr-defined]
             # A generator on the CPU serves every device.
@@ -281,9 +303,7 @@ class DenoisingPipelineMixin:
             if not latents.isfinite().all():
                 raise ValueError("`latents` must be finite, but holds NaN or infinity.")
             return latents
-        generator = options["generator"]
-        generator = list(generator) if isinstance(generator, tuple) else generator
-        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        noise: torch.Tensor = randn_tensor(shape, options["generator"], device, torch.float32)
         return noise
 
     def _denoise(
@@ -405,12 +425,39 @@ def check_latents(name: str, latents: Any, shape: tuple[Any, ...]) -> torch.Tens
     return latents
 
 
-def refuse_unknown(call: Any, unknown: dict[str, Any]) -> None:
-    """Raise a `TypeError` for the first argument that a pipeline's call does not have."""
+def seeded_generator(generator: Any) -> Any:
+    """Return the argument `generator`, in which a seed s stands for `torch.Generator().manual_seed(s)`.
+
+    Of a list, tuple or range of seeds and generators that is a list. Anything else is returned unchanged.
+    """
+    if isinstance(generator, (list, tuple, range)):
+        return [seeded_generator(one) for one in generator]
+    if isinstance(generator, bool) or not isinstance(generator, (int, np.integer)):
+        return generator
+    if not 0 <= generator < 2**64:
+        raise ValueError(f"`generator` must be a seed of 0 to 2**64 - 1, but is or holds {generator}.")
+    return torch.Generator("cpu").manual_seed(int(generator))
+
+
+def refuse_unknown(call: Any, unnamed: tuple[Any, ...], unknown: dict[str, Any]) -> None:
+    """Raise a `TypeError` for the first argument that a pipeline's call takes by name only, or does not have."""
+    if not (unnamed or unknown):
+        return
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(call).parameters.values()
+    _, first, *names = (parameter.name for parameter in parameters if parameter.kind not in variadic)
+    if unnamed:
+        value = unnamed[0] if isinstance(unnamed[0], (int, float)) else 20
+        examples = [f"{name}={value}" for name in ("num_inference_steps", "guidance_scale") if name in names]
+        raise TypeError(
+            f"The pipeline's call takes only `{first}` without a name. Write the name of each other argument:"
+            f" {' or '.join(examples)}."
+            + (" Several labels are a list: [3, 1, 4]." if first == "class_labels" else "")
+        )
     for name, value in unknown.items():
-        known = ", ".join(key for key in inspect.signature(call).parameters if key not in ("self", "unknown"))
-        hint = "for the same images again, pass generator=torch.Generator().manual_seed("
-        hint = f"{hint}{value!r})" if "seed" in name else f"the arguments are {known}"
+        hint = f"the arguments are {', '.join((first, *names))}"
+        if "seed" in name:
+            hint = f"for the same images again, pass generator={value!r}"
         raise TypeError(f"The pipeline's call has no argument `{name}`: {hint}.")
 
 

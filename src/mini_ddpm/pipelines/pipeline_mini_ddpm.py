@@ -1,7 +1,7 @@
 """Unconditional image generation: the denoising loop around a U-Net and any scheduler of the DDPM process."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -47,11 +47,11 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
     def __call__(  # noqa: D417
         self,
         batch_size: int = 1,
-        *,
+        *unnamed: Never,
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         use_clipped_model_output: bool = True,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[int | torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -72,8 +72,9 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
             use_clipped_model_output: Whether DDIM recomputes ε from x_t and the clipped x̂_0. diffusers' default keeps
                 the network's ε, which is inconsistent with a clipped x̂_0. The error accumulates over the steps, and
                 guided images drift off their class. Other schedulers ignore this argument.
-            generator: Makes the result repeatable. With a list of B generators each image depends on its own generator
-                alone, so the same seed gives the same image in every batch.
+            generator: Makes the result repeatable: a seed, 0 to 2**64 - 1, or a `torch.Generator`. A seed s means
+                `torch.Generator().manual_seed(s)`, on every device. With a list of B seeds or generators each image
+                depends on its own alone, so the same seed gives the same image in every batch.
             latents: The initial noise, (B, C, H, W), standard normal. Default: drawn with `generator`.
             height: Height H in pixels. Default: the network's `sample_size`.
             width: Width W in pixels. Default: the network's `sample_size`.
@@ -92,9 +93,11 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         Raises:
             ValueError: An argument is out of range, the scheduler belongs to another process, or the images became
                 NaN or infinite.
-            TypeError: There is no argument of this name.
+            TypeError: There is no argument of this name, or an argument other than the first has no name.
         """
         # all arguments but the first, by name
-        options = {name: value for name, value in locals().items() if name not in ("self", "batch_size", "unknown")}
-        refuse_unknown(type(self).__call__, unknown)
+        options = {
+            name: value for name, value in locals().items() if name not in ("self", "batch_size", "unnamed", "unknown")
+        }
+        refuse_unknown(type(self).__call__, unnamed, unknown)
         return self._draw(batch_size, {}, {}, options)

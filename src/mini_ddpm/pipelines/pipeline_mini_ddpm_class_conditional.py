@@ -1,7 +1,7 @@
 """Class-conditional image generation with classifier-free guidance."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
     def __call__(  # noqa: D417
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        *,
+        *unnamed: Never,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_inference_steps: int | None = None,
@@ -93,7 +93,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: int | torch.Generator | Sequence[int | torch.Generator] | None = None,
         return_trajectory: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -111,6 +111,7 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
             guidance_interval: Guide only the steps i of N with start <= i/N < end; 0 is noise, 1 the image. Early
                 guidance reduces variety and late guidance has no effect; in between it decides which class an image
                 becomes ([2404.07724](https://arxiv.org/abs/2404.07724)).
+            generator: Makes the result repeatable: a seed, a `torch.Generator`, or a list with one of them per image.
 
         Returns:
             [`MiniDDPMPipelineOutput`], or a tuple of its fields that are not `None`.
@@ -118,12 +119,13 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         Raises:
             ValueError: An argument is out of range, a label is unknown, the network takes no labels, the scheduler
                 belongs to another process, or the images became NaN or infinite.
-            TypeError: A label is neither an integer nor a name, or there is no argument of this name.
+            TypeError: A label is neither an integer nor a name, there is no argument of this name, or an argument
+                other than the first has no name.
         """
         # the arguments that the unconditional pipeline has too, by name
-        own = ("self", "class_labels", "guidance_scale", "guidance_interval", "unknown")
+        own = ("self", "class_labels", "guidance_scale", "guidance_interval", "unnamed", "unknown")
         options = {name: value for name, value in locals().items() if name not in own}
-        refuse_unknown(type(self).__call__, unknown)
+        refuse_unknown(type(self).__call__, unnamed, unknown)
         labels = self.get_label_ids(class_labels)
         if guidance_scale is None:
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))

@@ -3,10 +3,12 @@
 A saved pipeline carries the source code of its classes: one file beside each part, and one at the root. diffusers
 runs these files for `trust_remote_code=True`. It fetches one `.py` file per folder and keeps all of them in one flat
 folder. So each file is a bundle: the module that defines the class, after the modules of this package that it imports.
+A part of the user's own travels in the same way, if its file obeys the rules of [`bundle`].
 """
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
@@ -14,8 +16,10 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from diffusers.utils import logging
@@ -26,6 +30,9 @@ from ..files import atomic_write, write_text
 # The name of a module that defines a part or a pipeline: `unet_mini` in the package, `unet_mini_0a1b2c3d` in a saved
 # pipeline.
 PORTABLE_MODULE = re.compile(r"((?:unet|scheduling|pipeline)_mini(?:_[a-z]+)*?)(_[0-9a-f]{8})?")
+
+# The name of a source file in a saved pipeline, without ".py". It ends in a hash of the content.
+BUNDLE = re.compile(r"(\w+)_[0-9a-f]{8}")
 
 # The key of `model_index.json` with the SHA-256 of each weights file, by its path in the pipeline's folder. diffusers
 # ignores keys that start with an underscore.
@@ -48,63 +55,238 @@ logger = logging.get_logger(__name__)
 
 
 def bundle(file: Path) -> bytes:
-    """Return a module and the modules that it imports relatively, in import order, as the source of one file.
+    """Return a module and the modules of the same project that it imports, in import order, as the source of one file.
 
-    A module without relative imports, such as a bundle itself, is returned byte for byte.
+    Modules of the same project are those that it imports relatively, those in its own package or beside it, and the
+    network, schedulers and pipelines of `mini_ddpm`. Imports of other packages stay. What stands behind
+    `if __name__ == "__main__"` is left out, with the imports that only it uses. A module without anything of this,
+    such as a bundle itself, is returned byte for byte.
 
     Args:
         file: The module's source file.
 
     Raises:
-        ValueError: A relative import is not of the form `from .module import name` at the top level of a module, a
-            module uses `from __future__`, or two modules define one name differently.
+        ValueError: An import of a module of the same project is not of the form `from module import name` at the top
+            level, or names what cannot travel; two modules define one name differently; or a module does more than
+            define things, which would happen again whenever the file is opened. The message is one line.
     """
+    whole = file.read_bytes()
+    if file.stem.endswith(f"_{_digest(whole)}"):
+        return whole  # a bundle
     modules: dict[Path, str] = {}
     definitions: dict[str, str] = {}
+    futures: dict[str, None] = {}
+    seen: set[Path] = set()
+    all_removed: list[ast.stmt] = []
+    root = file.resolve().parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
 
     def add(path: Path) -> None:
+        seen.add(path)
         source = path.read_text(encoding="utf-8")
         lines = source.splitlines(keepends=True)
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.level or node.module == "__future__"):
-                is_plain = node.level and node.module and node in tree.body and not any(a.asname for a in node.names)
-                if not is_plain:
-                    raise ValueError(
-                        f"{path}, line {node.lineno}: `{ast.unparse(node)}` cannot be saved with a pipeline. A module "
-                        "that is saved may only use `from .module import name`, at its top level."
-                    )
+        body = ast.parse(source).body
+        removed: list[ast.stmt] = [node for node in body if _is_main_block(node)]
+        body = [node for node in body if node not in removed]
+        nodes = [child for node in body for child in ast.walk(node)]
+        used = {node.id for node in nodes if isinstance(node, ast.Name)} | {"*"}
         own: dict[str, str] = {}
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                imported = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
-                if (imported := imported.with_suffix(".py")) not in modules:
-                    add(imported)
-                for index in range(node.lineno - 1, node.end_lineno or node.lineno):
-                    lines[index] = ""
-                continue
-            own |= _defined_names(node)
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+                futures[ast.unparse(node)] = None
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                try:
+                    imported = _own_modules(path, node, root, used if node in body else None)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {node.lineno}: `{ast.unparse(node)}` cannot be saved with a pipeline. {error}"
+                    ) from None
+                if imported is not None:
+                    removed.append(node)
+                    for other in imported:
+                        if other not in seen:
+                            add(other)
+        for node in body:
+            if _does_more_than_define(node):
+                statement = ast.unparse(node).splitlines()[0]
+                raise ValueError(
+                    f"{path}, line {node.lineno}: `{statement}` would run whenever the pipeline is opened. Put it"
+                    ' behind `if __name__ == "__main__":` or in another file.'
+                )
+            own |= {} if node in removed else _defined_names(node)
+        moved = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+        for node in (*removed, *moved):
+            for index in range(node.lineno - 1, node.end_lineno or node.lineno):
+                lines[index] = ""
         for name, definition in own.items():
             if definitions.setdefault(name, definition) != definition:
                 raise ValueError(f"{path}: {name} is also defined by a module that is saved in the same file.")
         modules[path] = "".join(lines)
+        all_removed.extend(removed)
 
     add(file)
-    if len(modules) == 1:
-        return file.read_bytes()
-    return "\n\n".join(f"# ---- {path.name} ----\n\n{text.strip()}\n" for path, text in modules.items()).encode()
+    # diffusers finds imports with regular expressions, in docstrings as well.
+    pattern = re.compile(r"^\s*(?:(?:import|from)\s+\.|(?:import|from)\s+mini_ddpm\b).*", re.MULTILINE)
+    for path, text in modules.items():
+        if match := pattern.search(text):
+            raise ValueError(f"{path}: diffusers would take the line `{match[0].strip()}` for an import.")
+    if not all_removed:
+        return whole
+    parts = [f"# ---- {path.name} ----\n\n{text.strip()}\n" for path, text in modules.items()]
+    return "\n\n".join(["\n".join(futures) + "\n"] * bool(futures) + parts).encode()
+
+
+def _own_modules(
+    path: Path, node: ast.Import | ast.ImportFrom, root: Path, used: set[str] | None
+) -> list[Path] | None:
+    """Return the modules to bundle for an import, or `None` if the import stays.
+
+    Args:
+        path: The file with the import.
+        node: The import.
+        root: The folder that the names of the project's modules start from.
+        used: The names that the module uses. `None` stands for an import that is not at the top level.
+    """
+    found: list[Path] = []
+    is_own = False
+    for alias in node.names:
+        name, is_module = alias.name if isinstance(node, ast.Import) else node.module or "", False
+        top = name.partition(".")[0]
+        if isinstance(node, ast.ImportFrom) and node.level:
+            file, top = path.parents[node.level - 1].joinpath(*name.split(".")).with_suffix(".py"), ""
+        else:
+            module, base = sys.modules.get(name), root.joinpath(*name.split("."))
+            file = Path(getattr(module, "__file__", None) or "")
+            is_ours = top == "mini_ddpm" and module is not None
+            if not is_ours and file.resolve() not in (base.with_suffix(".py"), base / "__init__.py"):
+                continue
+            if (
+                used is not None
+                and isinstance(node, ast.ImportFrom)
+                and (alias.asname or alias.name) not in {*used, "*"}
+            ):
+                is_own = True
+                continue  # only what stands behind `__name__ == "__main__"` uses it
+            value = getattr(module, alias.name, None)
+            is_module = isinstance(node, ast.Import) or isinstance(value, ModuleType)
+            if hasattr(module, "__path__"):  # a package, which has the name from one of its modules
+                name = getattr(value, "__module__", "")
+                file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+        is_own = True
+        if is_module or not name or used is None or alias.asname or not file.is_file():
+            raise ValueError(
+                "A module that is saved may only use `from .module import name`, at its top level, for modules of its"
+                " own project."
+            )
+        is_portable = name.split(".")[1:2] in (["models"], ["schedulers"], ["pipelines"])
+        if name.partition(".")[0] != (top or name.partition(".")[0]) or (top == "mini_ddpm" and not is_portable):
+            raise ValueError(
+                f"{alias.name} is not in a module that can travel; of mini_ddpm, those of the network, schedulers and"
+                " pipelines can."
+            )
+        found.append(file)
+    return found if is_own else None
+
+
+def _is_main_block(node: ast.stmt) -> bool:
+    """Return whether a statement is `if __name__ == "__main__":`, without an `else`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" and not node.orelse
+
+
+def _does_more_than_define(node: ast.AST) -> bool:
+    """Return whether a statement of a module does more than import, define and assign."""
+    if isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+        blocks = (getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody"))
+        return any(_does_more_than_define(child) for block in blocks for child in block)
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant)
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return not isinstance(node, (*definitions, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Pass))
 
 
 def _defined_names(node: ast.stmt) -> dict[str, str]:
     """Return the names that a statement of a module defines, each with its definition."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        module = getattr(node, "module", None)
-        return {alias.asname or alias.name: f"{module} {alias.name}" for alias in node.names}
+    if isinstance(node, ast.Import):  # `import torch.nn` defines `torch`, and `import torch.nn as nn` the module
+        return {
+            a.asname or a.name.partition(".")[0]: a.name if a.asname else a.name.partition(".")[0] for a in node.names
+        }
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name: ast.dump(node)}
     targets = getattr(node, "targets", [getattr(node, "target", None)])  # of an assignment
     names = [name for target in targets if target is not None for name in ast.walk(target)]
     return {name.id: ast.dump(node) for name in names if isinstance(name, ast.Name)}
+
+
+@functools.cache  # the file may be edited while a network of its class is trained
+def bundle_of(cls: Any) -> tuple[str, bytes]:
+    """Return the file stem, `my_net_0a1b2c3d`, and the content of the bundle that defines a class.
+
+    Raises:
+        ValueError: There is no such bundle. The message says why, in one line.
+    """
+    try:
+        file = Path(inspect.getfile(cls))
+        is_ours = cls.__module__.startswith("mini_ddpm.")
+        if not is_ours and {"site-packages", "dist-packages"} & set(file.parts):
+            raise ValueError(f"It belongs to the package {cls.__module__.partition('.')[0]}.")
+        source = bundle(file)
+        body = ast.parse(source).body
+    except (OSError, TypeError):  # also of classes in a notebook
+        raise ValueError("It has no source file.") from None
+    except SyntaxError as error:
+        raise ValueError(f"{file} is not valid Python: {error}.") from None
+    if not any(isinstance(node, ast.ClassDef) and node.name == cls.__name__ for node in body):
+        raise ValueError(f"It is not defined at the top level of {file}.")
+    digest = _digest(source)
+    if file.stem.endswith(f"_{digest}"):
+        return file.stem, source
+    stem = re.sub(r"\W", "_", file.parent.name if file.stem == "__init__" else file.stem)
+    stem = match[1] if (match := BUNDLE.fullmatch(stem)) else stem
+    if not is_ours and PORTABLE_MODULE.fullmatch(stem):
+        stem = f"own_{stem}"  # else the class of mini_ddpm would take the place of an edited copy of its file
+    return f"{stem}_{digest}", source
+
+
+def portable_problem(cls: Any) -> str | None:
+    """Return why a saved pipeline cannot carry the source of a part's class, and what to do, in one sentence.
+
+    Saving, and training before its first step, log the sentence as a warning. All but the source is saved.
+
+    Args:
+        cls: The class of a network or a scheduler.
+
+    Returns:
+        The sentence, or `None` if a saved pipeline with such a part opens as it is.
+    """
+    if cls.__module__.partition(".")[0] in ("diffusers", "transformers"):
+        return None
+    try:
+        bundle_of(cls)
+    except ValueError as error:
+        part = "scheduler" if getattr(cls, "config_name", None) == "scheduler_config.json" else "unet"
+        return (
+            f"The source of {cls.__name__} cannot be saved with a pipeline ({str(error).rstrip('.')}): put the class"
+            " in a file of its own that imports only torch, numpy, diffusers and mini_ddpm's network and schedulers,"
+            f" or open the folder with `load_pipeline(folder, {part}={cls.__name__}.from_pretrained(folder,"
+            f' subfolder="{part}"))`.'
+        )
+    return None
+
+
+@functools.cache
+def is_portable(cls: Any) -> bool:
+    """Return whether a saved pipeline can carry the source of a part's class; warn once if it cannot."""
+    problem = portable_problem(cls)
+    if problem is not None:
+        logger.warning(problem)
+    return problem is None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def sha256(file: Path) -> str:
@@ -139,7 +321,9 @@ class PortablePipelineMixin:
 
         Every way to save or push a pipeline calls this method after its parts are saved and before an upload. For the
         pipeline and each part that a portable module defines, a bundle of the module goes into the folder, and the
-        index names it as `[file stem, class name]`: diffusers' form for code that comes with the weights.
+        index names it as `[file stem, class name]`: diffusers' form for code that comes with the weights. `auto_map`
+        says the same of the network to `AutoModel`. A part whose class cannot be bundled is saved without its source,
+        with a warning.
 
         diffusers keeps all such files in one folder, where a file replaces an earlier one of the same name, also for
         models that are in use. A file name therefore ends in a hash of the content. Two versions never collide, and
@@ -155,25 +339,33 @@ class PortablePipelineMixin:
 
         folder = Path(json_file_path).parent
         index = json.loads(self.to_json_string())  # type: ignore[attr-defined]
+        index.pop("auto_map", None)
         for key, part in {"_class_name": self, **self.components}.items():
-            cls = type(getattr(part, "_orig_mod", part))  # `torch.compile` wraps a part
-            portable = PORTABLE_MODULE.fullmatch(cls.__module__.rpartition(".")[2])
-            if portable is None:
-                continue
-            source = bundle(Path(inspect.getfile(cls)))
-            stem = f"{portable[1]}_{hashlib.sha256(source).hexdigest()[:8]}"
+            cls: Any = type(getattr(part, "_orig_mod", part))  # `torch.compile` wraps a part
             target = folder if key == "_class_name" else folder / key
+            if part is self:
+                if PORTABLE_MODULE.fullmatch(cls.__module__.rpartition(".")[2]) is None:
+                    continue
+            elif (
+                cls.__module__.partition(".")[0] in ("diffusers", "transformers") or index.get(key, [None])[0] is None
+            ):
+                continue
+            elif (config_file := target / cls.config_name).is_file():
+                write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
+            if not is_portable(cls):
+                continue
+            stem, source = bundle_of(cls)
             target.mkdir(parents=True, exist_ok=True)
             for old in target.glob("*.py"):
-                match = PORTABLE_MODULE.fullmatch(old.stem)
-                if match is not None and match[2] is not None:
+                if BUNDLE.fullmatch(old.stem) and (
+                    PORTABLE_MODULE.fullmatch(old.stem) or old.stem.endswith(_digest(old.read_bytes()))
+                ):
                     old.unlink()
             with atomic_write(target / f"{stem}.py") as temporary:
                 temporary.write_bytes(source)
             index[key] = [stem, cls.__name__]
-            config_file = target / cls.config_name
-            if part is not self and config_file.is_file():
-                write(config_file, json.loads(config_file.read_text(encoding="utf-8")))
+            if key == "unet":
+                index["auto_map"] = {"AutoModel": f"{stem}.{cls.__name__}"}
         if checksums := weights_checksums(folder):
             index[CHECKSUMS] = checksums
         write(Path(json_file_path), index)
@@ -182,6 +374,14 @@ class PortablePipelineMixin:
             if stat.S_IMODE((folder / name).stat().st_mode) == 0o600:
                 with contextlib.suppress(PermissionError):  # an older file of another account
                     (folder / name).chmod(mode)
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return the arguments of the pipeline that an index holds, without `auto_map`, which is for `AutoModel`."""
+        config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc, no-any-return]
 
     def save_pretrained(
         self,

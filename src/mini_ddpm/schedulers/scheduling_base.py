@@ -241,6 +241,8 @@ class MiniSchedulerBase(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _set_up_noise_schedule(self) -> None:
         """Check the config and compute what depends on it alone: betas, ᾱ, the full chain of timesteps."""
+        if self.config.beta_schedule == "cosine":  # a common name; saved is the one that all tools and versions know
+            self.register_to_config(beta_schedule="squaredcos_cap_v2")
         config = self.config
         check_config(config)
         if "_use_default_values" in config:

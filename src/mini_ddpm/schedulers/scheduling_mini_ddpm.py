@@ -57,7 +57,8 @@ class MiniDDPMScheduler(MiniSchedulerBase):
         num_train_timesteps: T, at least 1.
         beta_start: First β of the linear, scaled_linear and sigmoid schedules.
         beta_end: Last β of these schedules.
-        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2` (cosine), `sigmoid` or `laplace`.
+        beta_schedule: `linear`, `scaled_linear`, `squaredcos_cap_v2`, `sigmoid` or `laplace`. `cosine` is another word
+            for `squaredcos_cap_v2`, which is what the config then holds.
         trained_betas: T betas that replace the named schedule.
         variance_type: `fixed_small` (β̃_t) or `fixed_large` (β_t), with or without `_log`, which has no effect here;
             `learned` or `learned_range` (arXiv 2102.09672, eq. 15) for a model with 2C output channels. The first step

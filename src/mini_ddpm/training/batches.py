@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..data import ImageDataset, to_model_range
+from ..data import MAX_BYTES_IN_MEMORY, ImageDataset, to_model_range
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,11 +22,12 @@ def image_batches(
     """Yield the batches of one process on its device: images (B, C, H, W) in [-1, 1] and labels (B,) or `None`.
 
     `ids` gives the indices of each batch, see `image_ids`. With `cache`, all images are kept on the device as bytes
-    (`None`: if they take less than 2 GB); without it, `num_workers` processes decode them again for each batch.
+    (`None`: if they take less than 2 GB and are the same each time); without it, `num_workers` processes read them
+    again for each batch.
     """
     device = accelerator.device
     if cache is None:
-        cache = len(dataset) * int(np.prod(dataset.shape)) < 2e9
+        cache = dataset.is_fixed and len(dataset) * int(np.prod(dataset.shape)) < MAX_BYTES_IN_MEMORY
     if cache:
         images, labels = dataset.stack(progress=accelerator.is_main_process)
         images, labels = images.to(device), labels.to(device) if labels is not None else None
@@ -40,6 +42,13 @@ def image_batches(
         for item in loader:
             labels = item.get("class_labels")
             yield item["images"].to(device), labels.to(device) if labels is not None else None
+
+
+def split_ids(seed: int, num_images: int, validation_share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the images to train on, and of those that are held out, chosen at random; both int64."""
+    count = math.ceil(validation_share * num_images)
+    order = torch.randperm(num_images, generator=_generator("cpu", seed, 2))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def image_ids(
@@ -97,6 +106,24 @@ def noise_batch(
         return noise, timesteps, None
     dropped = torch.rand(batch_size, generator=generator, **kind)[own] < class_dropout_prob
     return noise, timesteps, class_labels.masked_fill(dropped, null_label)
+
+
+def validation_batches(
+    dataset: ImageDataset, ids: torch.Tensor, seed: int, batch_size: int, noise_levels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yield images, noise, timesteps and labels of the validation loss on the CPU; the same for every call.
+
+    The timesteps of all M images are evenly spread over `noise_levels`, in an order that is random.
+    """
+    noise_levels = noise_levels.cpu()
+    generator = _generator("cpu", seed, 3)
+    order = torch.randperm(len(ids), generator=generator)
+    timesteps = noise_levels[((order + 0.5) / len(ids) * len(noise_levels)).long()]
+    for batch, own_timesteps in zip(torch.split(ids, batch_size), torch.split(timesteps, batch_size), strict=True):
+        items = [dataset[index] for index in batch.tolist()]
+        images = torch.stack([item["images"] for item in items])
+        labels = torch.tensor([item["class_labels"] for item in items]) if "class_labels" in items[0] else None
+        yield images, torch.randn(images.shape, generator=generator, dtype=torch.float32), own_timesteps, labels
 
 
 def _generator(device: torch.device | str, *key: int) -> torch.Generator:

@@ -234,12 +234,12 @@ def save_checkpoint(
     progress: dict[str, Any],
     averaged_weights: dict[str, torch.Tensor],
     limit: int,
-) -> None:
+) -> Path:
     """Write the state of all processes to `checkpoint-STEP`, complete or not at all, and keep the last `limit`.
 
     Every process calls this. `progress` holds the `step`, the `seconds` of training, and the hashes of the files of
     the `pipeline`; the hashes of the checkpoint's own files are added to it. A checkpoint that cannot be written, for
-    example because the disk is full, is an `OSError`; earlier ones are kept.
+    example because the disk is full, is an `OSError`; earlier ones are kept. Return its folder.
     """
     from accelerate.utils import broadcast_object_list
     from safetensors.torch import save_file
@@ -263,6 +263,7 @@ def save_checkpoint(
                 (folder / "progress.json").write_text(text, encoding="utf-8")
         if is_main:
             keep_last_checkpoints(output_dir, progress["step"], limit)
+    return checkpoint
 
 
 def keep_last_checkpoints(output_dir: Path, step: int, limit: int) -> None:

@@ -19,7 +19,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     **dict.fromkeys(("resolution", "block_out_channels", "layers_per_block"), (1, None)),
     **dict.fromkeys(("lr_warmup_steps", "save_images_epochs", "dataloader_num_workers"), (0, None)),
     **dict.fromkeys(("learning_rate", "max_grad_norm", "snr_gamma"), (_SMALLEST, None)),
-    **dict.fromkeys(("class_dropout_prob", "dropout", "ema_max_decay", "adam_beta2"), (0, _LARGEST_SHARE)),
+    **dict.fromkeys(("class_dropout_prob", "dropout", "validation_share"), (0, _LARGEST_SHARE)),
+    **dict.fromkeys(("ema_max_decay", "adam_beta2"), (0, _LARGEST_SHARE)),
     "adam_weight_decay": (0, None),
     "saturation_margin": (0, 1),
     "num_train_timesteps": (1, 100_000),
@@ -36,6 +37,8 @@ class RunConfig:
     _: KW_ONLY
     split: str = "train"
     """Split of the dataset."""
+    validation_share: float = 0.0
+    """Share of the images to hold out, at random; the log gets the loss on up to 1,000 of them, with fixed noise."""
     image_column: str | None = None
     """Column of the pictures. Default: the first that holds images."""
     label_column: str | None = None
@@ -104,8 +107,10 @@ class TrainConfig(RunConfig):
 
     num_train_timesteps: int = 1000
     """Number T of noise levels."""
-    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid", "laplace"] = "squaredcos_cap_v2"
-    """Noise schedule; squaredcos_cap_v2 is the cosine schedule."""
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear", "sigmoid", "laplace", "cosine"] = (
+        "squaredcos_cap_v2"
+    )
+    """Noise schedule; squaredcos_cap_v2 is the cosine schedule, which may be called cosine too."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
     """What the network predicts: the noise, the clean image or the velocity."""
     snr_gamma: float | None = None
@@ -136,5 +141,7 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
         check_fields(self, RANGES)
+        if self.beta_schedule == "cosine":
+            object.__setattr__(self, "beta_schedule", "squaredcos_cap_v2")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}.")

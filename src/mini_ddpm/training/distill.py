@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,14 +30,15 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from ..data import ImageDataset, image_dataset
+from ..data import ImageDataset, as_image_dataset, image_dataset
 from ..hub.load import load_pipeline
 from ..options import check_fields, find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from .callbacks import TrainCallback
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import RANGES, RunConfig, TrainConfig
 from .loss import compute_loss, saturate, saturated_levels
-from .train import train
+from .train import GivenParts, start_run
 
 UNDISTILLED_TEACHER_STEPS = 32
 """The steps of the first teacher by default, if it was not distilled itself."""
@@ -54,7 +56,7 @@ class DistillConfig(RunConfig):
     """The pipeline to distil: a bundled name, a folder, or a repository on the Hub."""
     output_dir: Path = Path("runs/distilled")
     """Folder for the rounds, in steps-16, steps-8, ..."""
-    num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--to"])] = 4
+    num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--steps", "--to"])] = 4
     """Steps of the last student."""
     rounds: int | None = None
     """How often the steps are halved. Default: start from the teacher's own step count if it is distilled, else 32."""
@@ -225,14 +227,15 @@ class DDIMTeacher:
         return prev_sample
 
 
-def distill(config: DistillConfig, dataset: ImageDataset | None = None) -> list[Path]:
+def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[TrainCallback] = ()) -> list[Path]:
     """Distil a pipeline round by round, or resume its distillation.
 
     Under `accelerate launch` every process calls this.
 
     Args:
         config: The pipeline, the number of steps, and the settings of the rounds.
-        dataset: The images. `None`: those of `config.dataset_name`.
+        dataset: The images, as [`as_image_dataset`] takes them. `None`: those of `config.dataset_name`.
+        callbacks: Objects with the methods of [`TrainCallback`]. A callback that stops a round stops the distillation.
 
     Returns:
         The pipeline folder of each round, `output_dir/steps-N`, with N decreasing.
@@ -247,10 +250,11 @@ def distill(config: DistillConfig, dataset: ImageDataset | None = None) -> list[
     guidance: dict[str, Any] = {"guidance_scale": 1.0, "guidance_interval": (0.0, 1.0)}
     guidance |= resolve_guidance(pipe, config.teacher, config.guidance_scale, config.guidance_interval)
     step_counts = _step_counts(config, pipe)
+    columns = config.image_column, config.label_column, config.resolution
     if dataset is None:
-        dataset = image_dataset(
-            config.dataset_name, config.split, config.image_column, config.label_column, config.resolution
-        )
+        dataset = image_dataset(config.dataset_name, config.split, *columns)
+    else:
+        dataset = as_image_dataset(dataset, *columns)
     class_conditional = pipe.unet.config.num_class_embeds is not None
     if class_conditional:
         _check_classes(config, pipe, dataset)
@@ -277,7 +281,7 @@ def distill(config: DistillConfig, dataset: ImageDataset | None = None) -> list[
         options = {**guidance, "saturation": saturation} if teacher_name == config.teacher else {}
         teacher = DDIMTeacher(load_pipeline(teacher_name), steps, **options)
         teacher.run_settings |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
-        folder = train(train_config, teacher, dataset)
+        folder = start_run(train_config, GivenParts(dataset=dataset, callbacks=tuple(callbacks), teacher=teacher))
         if rank == 0 and config.num_evaluation_images:
             _evaluate(config, folder)
         teacher_name = str(folder)
@@ -358,5 +362,12 @@ def _evaluate(config: DistillConfig, folder: Path) -> None:
     """Evaluate a round's student; the results go into its folder and its model card."""
     from ..evaluation.evaluate import EvaluateConfig, evaluate, markdown_table
 
-    settings = EvaluateConfig(str(folder), config.dataset_name, resolution=config.resolution, device=config.device)
+    settings = EvaluateConfig(
+        str(folder),
+        config.dataset_name,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        resolution=config.resolution,
+        device=config.device,
+    )
     print(markdown_table(evaluate(dataclasses.replace(settings, num_images=config.num_evaluation_images))))

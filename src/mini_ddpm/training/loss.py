@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..data import ImageDataset
-from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 
 
 def compute_loss(
     unet: nn.Module,
-    scheduler: MiniDDIMScheduler,
+    scheduler: Any,
     images: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     class_labels: torch.Tensor | None = None,
     snr_gamma: float | None = None,
     snr_floor: float | None = None,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> torch.Tensor:
     """Return the training loss of one batch (arXiv 2006.11239, eq. 14; SNR weights: arXiv 2303.09556, section 3.4).
 
@@ -29,7 +31,7 @@ def compute_loss(
     alone gives the truncated SNR of arXiv 2202.00512, eq. 9.
 
     Args:
-        unet: The network, called as `unet(x_t, t, class_labels).sample`.
+        unet: The network, called as `unet(x_t, t, class_labels=y).sample`; without labels as `unet(x_t, t).sample`.
         scheduler: Gives ᾱ and `prediction_type`; any DDPM-like diffusers scheduler.
         images: x_0, (B, C, H, W) in [-1, 1].
         noise: ε, (B, C, H, W), standard normal.
@@ -37,9 +39,10 @@ def compute_loss(
         class_labels: y, (B,) int64, or `None`.
         snr_gamma: γ > 0, the upper limit of the SNR, or `None`.
         snr_floor: The lower limit of the SNR, or `None`.
+        reduction: "mean" over the batch, or "none".
 
     Returns:
-        A scalar in float32.
+        The mean, a scalar in float32; without reduction the loss of each image, (B,).
 
     Raises:
         ValueError: The network's output and the target differ in shape (a learned variance is not supported).
@@ -53,7 +56,8 @@ def compute_loss(
     else:
         target = scheduler.get_velocity(images, noise, timesteps)
 
-    prediction = unet(noisy_images, timesteps, class_labels).sample
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    prediction = unet(noisy_images, timesteps, **labels).sample
     if prediction.shape != target.shape:
         raise ValueError(
             f"The network predicts {tuple(prediction.shape)}, but the target is {tuple(target.shape)}. Use a network "
@@ -64,8 +68,9 @@ def compute_loss(
         alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas_cumprod / (1 - alphas_cumprod)
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-        losses = losses * snr.clamp(min=snr_floor, max=snr_gamma) / divisor
-    return losses.mean()
+        # Without any signal, where SNR = 0, clamped SNR / SNR is 0 / 0: its limit is 1.
+        losses = losses * (snr.clamp(min=snr_floor, max=snr_gamma) / divisor).nan_to_num(1.0, posinf=float("inf"))
+    return losses.mean() if reduction == "mean" else losses
 
 
 Levels = tuple[int | None, int | None]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
 
 from ..options import find_device, resolve_precision
 
@@ -72,6 +76,33 @@ def check_tracker(log_with: str) -> None:
             f"log_with={log_with!r} needs the package {packages[0]}: pip install {packages[0]}; or set "
             "log_with='none'."
         )
+
+
+def start_tracker(accelerator: Accelerator, name: str, settings: dict[str, Any]) -> None:
+    """Start the tracker of a run called `name`, and tell it the settings. TensorBoard's files go to `logs/`."""
+    is_tensorboard = accelerator.log_with[0].value == "tensorboard" if accelerator.log_with else False
+    options = {"wandb": {"name": name}, "trackio": {"name": name}}
+    accelerator.init_trackers("logs" if is_tensorboard else "mini-ddpm", init_kwargs=options)
+    plain = (bool, int, float, str)
+    values = {key: value if isinstance(value, plain) else str(value) for key, value in settings.items()}
+    for tracker in accelerator.trackers if accelerator.is_main_process else ():
+        if tracker.name == "tensorboard":
+            # accelerate's own method makes a folder of its own for each start of a run.
+            folder = {"run_name" if type(tracker.writer).__module__.startswith("torch") else "name": "."}
+            tracker.writer.add_hparams(values, {}, **folder)
+        else:
+            tracker.store_init_configuration(values)
+
+
+def track_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """Show an RGB picture in the tracker."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "trackio":
+            trackio = importlib.import_module("trackio")  # one of several trackers, none of which is a dependency
+            tracker.log({name: trackio.Image(np.asarray(picture))}, step=step)
+        else:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture)[None]}, step=step, **options)
 
 
 class StopSignals:
