@@ -18,11 +18,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import mini_ddpm
 
 TOKEN = "hf_loopback"
 READ_TOKEN = "hf_readonly"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def weights(folder):
+    """The weights of a pipeline's network by name."""
+    return load_file(Path(folder) / WEIGHTS)
+
+
+def assert_equal_weights(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert [key for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])] == []
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from mini_ddpm import (
     MiniDDIMScheduler,
@@ -276,10 +276,6 @@ def config(teacher, pictures, tmp_path):
         device="cpu",
         mixed_precision="no",
     )
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def test_a_round_brings_the_student_to_its_teachers_two_steps(tmp_path):

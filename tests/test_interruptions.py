@@ -17,15 +17,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import WEIGHTS, assert_equal_weights, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.data import ImageDataset
 from mini_ddpm.files import atomic_write, is_running
 from mini_ddpm.training.train import TrainConfig, train
-
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -53,15 +51,6 @@ def config(pictures, tmp_path):
 def whole(config):
     """The folder of the same run, never interrupted."""
     return train(dataclasses.replace(config, output_dir=config.output_dir.with_name("whole")))
-
-
-def weights(folder):
-    return load_file(Path(folder) / WEIGHTS)
-
-
-def assert_equal_weights(folder, other):
-    expected = weights(other)
-    assert [key for key, tensor in weights(folder).items() if not torch.equal(tensor, expected[key])] == []
 
 
 def names(folder):

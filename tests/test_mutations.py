@@ -13,12 +13,12 @@ import signal
 import time
 
 import pytest
+from conftest import WEIGHTS
 
 from mini_ddpm import PRETRAINED, load_pipeline
 from mini_ddpm.pipelines.portable import CHECKSUMS
 
 JSON_FILES = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SECONDS = 10
 
 # What may change without a word: keys that no class reads, and settings with a legal value, which the user sees in

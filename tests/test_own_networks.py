@@ -303,6 +303,11 @@ def importable(folder, name, source):
     del sys.modules[name]
 
 
+def net(used):
+    """The source of a network that uses a name."""
+    return NET + f"    used = property(lambda self: {used})\n"
+
+
 START = "    @register_to_config\n    def __init__(self):\n        super().__init__()\n"
 NET = "class Net(ModelMixin, ConfigMixin):\n" + START
 HEAD = "from diffusers import ModelMixin, ConfigMixin\nfrom diffusers.configuration_utils import register_to_config\n"
@@ -311,17 +316,17 @@ HEAD = "from diffusers import ModelMixin, ConfigMixin\nfrom diffusers.configurat
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (HEAD + "import mini_ddpm\nLAZY = mini_ddpm.load_pipeline\n" + NET, "line 3: `import mini_ddpm` cannot be"),
-        (HEAD + "from mini_ddpm import compute_loss\nLOSS = compute_loss\n" + NET, "compute_loss is not in a module"),
-        (HEAD + "from mini_ddpm import PRETRAINED\nFOLDER = PRETRAINED\n" + NET, "PRETRAINED is not in a module that"),
-        (HEAD + "from mini_ddpm.models import unet_mini\nM = unet_mini\n" + NET, "unet_mini` cannot be saved"),
+        (HEAD + "import mini_ddpm\nLAZY = mini_ddpm.load_pipeline\n" + net("LAZY"), "line 3: `import mini_ddpm`"),
+        (HEAD + "from mini_ddpm import compute_loss\nLOSS = compute_loss\n" + net("LOSS"), "compute_loss is not in"),
+        (HEAD + "from mini_ddpm import PRETRAINED\nFOLDER = PRETRAINED\n" + net("FOLDER"), "PRETRAINED is not in"),
+        (HEAD + "from mini_ddpm.models import unet_mini\nM = unet_mini\n" + net("M"), "unet_mini` cannot be saved"),
         (HEAD + NET + "\nNet().train()\n", "`Net().train()` would run whenever the pipeline is opened"),
-        (HEAD + NET + "\ndef lazy():\n    from mini_ddpm import MiniUNet2DModel\n", "MiniUNet2DModel` cannot be"),
+        (HEAD + net("lazy()") + "\ndef lazy():\n    from mini_ddpm import MiniUNet2DModel\n", "MiniUNet2DModel`"),
         (HEAD + "def make():\n    class Net(ModelMixin, ConfigMixin):\n        pass\n    return Net\nNet = make()\n",
          "It is not defined at the top level of"),
         (HEAD + "from mini_ddpm import *\n" + NET, "import *` cannot be saved"),
-        (HEAD + "from mini_ddpm import MiniDDIMScheduler as S\nT = S\n" + NET, "MiniDDIMScheduler as S` cannot be"),
-        (HEAD + "import json as own_helper\nimport helper_of_mine\n" + NET, "`import helper_of_mine` cannot be saved"),
+        (HEAD + "from mini_ddpm import MiniDDIMScheduler as S\nT = S\n" + net("T"), "MiniDDIMScheduler as S`"),
+        (HEAD + "import helper_of_mine\n" + net("helper_of_mine.X"), "`import helper_of_mine`"),
     ],
 )  # fmt: skip
 def test_why_a_class_cannot_travel(tmp_path, source, reason):
@@ -331,6 +336,28 @@ def test_why_a_class_cannot_travel(tmp_path, source, reason):
     assert problem is not None and reason in problem and "\n" not in problem
     assert problem.startswith("The source of Net cannot be saved with a pipeline (")
     assert problem.endswith('`load_pipeline(folder, unet=Net.from_pretrained(folder, subfolder="unet"))`.')
+
+
+def test_only_what_the_class_uses_travels(tmp_path):
+    """A script holds a network, a loss, a callback and a plot; only the network's part is needed to open it."""
+    source = (
+        '"""All in one file."""\n'
+        + HEAD
+        + "import matplotlib.pyplot as plt\nimport math\nfrom mini_ddpm import TrainCallback, compute_loss, train\n"
+        "WIDTH = 4\nDOUBLE = 2 * WIDTH\nNAMES = []\nNAMES += ['a']\n"
+        "def twice(x):\n    return DOUBLE * math.pi * x\n"
+        "class Watch(TrainCallback):\n    figure = plt\n"
+        "def loss(*parts):\n    return compute_loss(*parts)\n" + NET + "        self.width = twice(1)\n"
+    )
+    with importable(tmp_path, "all_in_one", source) as module:
+        assert portable_problem(module.Net) is None
+        bundled = bundle_of(module.Net)[1].decode()
+    for kept in ("All in one file", "import math", "WIDTH = 4", "DOUBLE = 2", "def twice", "class Net", "ConfigMixin"):
+        assert kept in bundled
+    for left in ("matplotlib", "mini_ddpm", "NAMES", "Watch", "def loss"):
+        assert left not in bundled
+    namespace = {"__name__": "bundled"}
+    exec(compile(bundled, "bundled.py", "exec"), namespace)
 
 
 def test_a_file_beside_it_travels_too(tmp_path):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import assert_equal_weights, weights
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 from mini_ddpm import (
@@ -31,8 +31,6 @@ from mini_ddpm import (
     load_pipeline,
     train,
 )
-
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -67,15 +65,6 @@ def unet(**overrides):
     torch.manual_seed(0)
     config = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
     return MiniUNet2DModel(**(config | {"attention_head_dim": 8} | overrides))
-
-
-def weights(folder):
-    return load_file(Path(folder) / WEIGHTS)
-
-
-def assert_equal_weights(folder, other):
-    ours, theirs = weights(folder), weights(other)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def elsewhere(config, name="other", **changes):
@@ -431,12 +420,18 @@ def test_callbacks_are_called_in_order(config, images):
 
 
 class StopAt(TrainCallback):
-    def __init__(self, step):
-        self.step, self.count = step, 0
+    def __init__(self, step, event="on_step_end"):
+        self.step, self.event, self.count = step, event, 0
 
     def on_step_end(self, state):
         self.count += 1
-        if state.step == self.step:
+        self.look(state, "on_step_end")
+
+    def on_log(self, state):
+        self.look(state, "on_log")
+
+    def look(self, state, event):
+        if state.step == self.step and event == self.event:
             state.stop()
 
     def state_dict(self):
@@ -446,15 +441,30 @@ class StopAt(TrainCallback):
         self.count = state_dict["count"]
 
 
-def test_a_callback_stops_the_run_and_remembers(config, images, capsys):
-    config = dataclasses.replace(config, lr_scheduler="constant", lr_warmup_steps=0)
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_a_callback_stops_the_run_and_remembers(config, images, capsys, event):
+    config = dataclasses.replace(config, lr_scheduler="constant", lr_warmup_steps=0, logging_steps=3)
     whole = train(elsewhere(config), unet=unet(), dataset=images)
-    folder = train(config, unet=unet(), dataset=images, callbacks=[StopAt(3)])
+    folder = train(config, unet=unet(), dataset=images, callbacks=[StopAt(3, event)])
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     assert "Stopped after step 3 of 8" in capsys.readouterr().out
     resumed = StopAt(0)
     assert_equal_weights(train(config, unet=unet(), dataset=images, callbacks=[resumed]), whole)
     assert resumed.count == 8  # three of them before the stop
+
+
+def test_network_data_and_callbacks_of_ones_own_together(config, images, labels):
+    class MyUNet(MiniUNet2DModel):
+        pass
+
+    network = MyUNet(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, num_class_embeds=4)
+    config = dataclasses.replace(config, class_conditional=True)
+    recorder = Recorder()
+    folder = train(config, unet=network, dataset=hf_dataset(images, labels), callbacks=[recorder])
+    assert recorder.calls[-1] == ("checkpoint", "checkpoint-8")
+    pipe = load_pipeline(folder, unet=MyUNet.from_pretrained(folder, subfolder="unet"))
+    assert type(pipe.unet) is MyUNet and pipe.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert len(pipe(["a", "c"], num_inference_steps=2, generator=0).images) == 2
 
 
 def test_averaged_weights_are_those_that_are_saved(config, images):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from conftest import WEIGHTS, assert_equal_weights, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 from mini_ddpm import (
     MiniDDIMScheduler,
@@ -33,8 +33,6 @@ from mini_ddpm.training.distill import DistillConfig
 from mini_ddpm.training.loss import beyond_saturation, compute_loss, saturated_levels
 from mini_ddpm.training.models import new_model
 from mini_ddpm.training.train import TrainConfig, train
-
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -55,15 +53,6 @@ def config(pictures, tmp_path):
         device="cpu",
         mixed_precision="no",
     )
-
-
-def weights(folder):
-    return load_file(Path(folder) / WEIGHTS)
-
-
-def assert_equal_weights(folder, other):
-    expected = weights(other)
-    assert [key for key, tensor in weights(folder).items() if not torch.equal(tensor, expected[key])] == []
 
 
 def hidden_files(folder):
@@ -868,7 +857,7 @@ def neighbours_apart(images):
         pytest.param(
             (48, 64),
             (0.2, 0.4, 0.3),
-            {"pink": (1.0, 0.5, 0.7), "black": (0.0, 0.0, 0.0)},
+            {"black": (0.0, 0.0, 0.0), "pink": (1.0, 0.5, 0.7)},
             id="colour 64x48 in two classes",
         ),
     ],

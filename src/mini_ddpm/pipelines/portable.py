@@ -54,7 +54,7 @@ diffusers alone, `mini_ddpm.load_pipeline(...)` where the package mini-ddpm is i
 logger = logging.get_logger(__name__)
 
 
-def bundle(file: Path) -> bytes:
+def bundle(file: Path, needed: str | None = None) -> bytes:
     """Return a module and the modules of the same project that it imports, in import order, as the source of one file.
 
     Modules of the same project are those that it imports relatively, those in its own package or beside it, and the
@@ -64,6 +64,7 @@ def bundle(file: Path) -> bytes:
 
     Args:
         file: The module's source file.
+        needed: The class that is needed. What it does not use of the file is left out. `None`: all is needed.
 
     Raises:
         ValueError: An import of a module of the same project is not of the form `from module import name` at the top
@@ -88,6 +89,8 @@ def bundle(file: Path) -> bytes:
         lines = source.splitlines(keepends=True)
         body = ast.parse(source).body
         removed: list[ast.stmt] = [node for node in body if _is_main_block(node)]
+        if needed is not None and path == file:
+            removed += _unused(body, needed)
         body = [node for node in body if node not in removed]
         nodes = [child for node in body for child in ast.walk(node)]
         used = {node.id for node in nodes if isinstance(node, ast.Name)} | {"*"}
@@ -189,6 +192,22 @@ def _own_modules(
     return found if is_own else None
 
 
+def _unused(body: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """Return the imports, definitions and assignments of a module that the class `name` does not use."""
+    kinds: Any = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    kinds += (ast.Assign, ast.AnnAssign, ast.AugAssign)
+    unused = [node for node in body if isinstance(node, kinds) and getattr(node, "module", "") != "__future__"]
+    found = [node for node in unused if name in _defined_names(node)]
+    found += [node for node in body if node not in unused and not _is_main_block(node)]
+    while found:
+        nodes = [child for node in found for child in ast.walk(node)]
+        used = {node.id for node in nodes if isinstance(node, ast.Name)} | {"*"}
+        used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        unused = [node for node in unused if node not in found]
+        found = [node for node in unused if used & _defined_names(node).keys()]
+    return unused
+
+
 def _is_main_block(node: ast.stmt) -> bool:
     """Return whether a statement is `if __name__ == "__main__":`, without an `else`."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" and not node.orelse
@@ -232,7 +251,7 @@ def bundle_of(cls: Any) -> tuple[str, bytes]:
         is_ours = cls.__module__.startswith("mini_ddpm.")
         if not is_ours and {"site-packages", "dist-packages"} & set(file.parts):
             raise ValueError(f"It belongs to the package {cls.__module__.partition('.')[0]}.")
-        source = bundle(file)
+        source = bundle(file, None if is_ours else cls.__name__)
         body = ast.parse(source).body
     except (OSError, TypeError):  # also of classes in a notebook
         raise ValueError("It has no source file.") from None

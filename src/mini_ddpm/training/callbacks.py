@@ -68,7 +68,7 @@ class TrainCallback:
         """Called after a log line was written, every `logging_steps` steps and before a checkpoint."""
 
     def on_epoch_end(self, state: TrainState) -> None:
-        """Called after the step that completes a pass over the training images."""
+        """Called after the step that completes a pass over the training images, before the checkpoint of that step."""
 
     def on_checkpoint(self, state: TrainState) -> None:
         """Called after a checkpoint was written, `state.checkpoint`."""

@@ -255,14 +255,16 @@ class TrainingLoop:
             self._reset_sums()
             for callback in run.callbacks:
                 callback.on_log(state)
+        if epoch > previous_epoch:
+            for callback in run.callbacks:
+                callback.on_epoch_end(state)
+        if accelerator.num_processes == 1 and state.stops:
+            stops = checkpoint_due = True
         # The checkpoint comes last: a run that is killed before takes these steps again, and writes all of this again.
         hashes: dict[str, str | None] = {}
         if (checkpoint_due or grid_due) and self.is_main:
             with self.averaged_weights():
                 hashes = self.save_pipeline(epoch if grid_due else None)
-        if epoch > previous_epoch:
-            for callback in run.callbacks:
-                callback.on_epoch_end(state)
         if checkpoint_due:
             progress = {"step": step, "seconds": round(time.monotonic() - self.started, 1), "pipeline": hashes}
             if run.callbacks:
