@@ -11,10 +11,10 @@ LOWEST := $(VENV)/lowest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow test-lowest lint format evaluation card clean
+.PHONY: help sample test test-slow test-lowest test-browser browser lint format evaluation card clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 sample: $(VENV)/base.stamp  ## draw a grid of digits with the shipped weights: samples.png
 	$(BIN)/mini-ddpm sample $(ARGS)
@@ -29,6 +29,12 @@ test-slow: $(VENV)/dev.stamp  ## run the slow tests too (many minutes)
 test-lowest: $(LOWEST)/stamp  ## run the tests with the lowest versions that pyproject.toml declares (minutes)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) \
 	  -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
+
+# Without npm there is no page, and its tests are skipped; without Chromium all are.
+test-browser: $(VENV)/browser.stamp $(VENV)/space.stamp $(if $(shell command -v npm),browser)  ## run the tests in Chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -rs tests/test_browser.py $(ARGS)
+
+browser: $(VENV)/page.stamp  ## build the page that draws digits in the browser: dist/browser (needs npm)
 
 lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check .
@@ -79,6 +85,26 @@ $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing mini-ddpm with everything its tests need into $(VENV) ..."
 	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/base.stamp
+
+$(VENV)/browser.stamp: $(VENV)/dev.stamp
+	@$(PIP_INSTALL) --editable ".[browser]"
+	@touch $@
+
+PAGE := $(wildcard examples/browser/*)
+$(VENV)/page.stamp: $(PAGE) src/mini_ddpm/export.py $(VENV)/dev.stamp
+	$(BIN)/python examples/browser/build.py dist/browser
+	@touch $@
+
+# Gradio does not take the Pillow of constraints.txt. In an environment of its own it gets another; the rest is ours.
+$(VENV)/space.stamp: examples/space/requirements.txt $(VENV)/dev.stamp
+	@echo "installing Gradio into $(VENV)/space ..."
+	@$(PYTHON) -m venv --clear $(VENV)/space
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > "$$($(VENV)/space/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth"
+	@grep -v '^pillow==' constraints.txt > $(VENV)/space.txt
+	@$(VENV)/space/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/space.txt \
+	  --requirement examples/space/requirements.txt
+	@touch $@
 
 # uv chooses the lowest versions of what pyproject.toml names; what pip has put there before it, torch alone, stays.
 $(LOWEST)/stamp: pyproject.toml constraints.txt

@@ -112,9 +112,9 @@ class Run:
         if self.args.images_per_second:
             return self.args.images_per_second
         folder = train(
-            self.config("probe", max_train_steps=200 if self.is_gpu else 4, logging_steps=50, **settings), None,
-            self.dataset,
-        )  # fmt: skip
+            self.config("probe", max_train_steps=200 if self.is_gpu else 4, logging_steps=50, **settings),
+            dataset=self.dataset,
+        )
         return float(last_line(folder)["images_per_second"])
 
     def steps(self, speed: float, compilation: float) -> int:
@@ -191,7 +191,7 @@ def class_conditional(run: Run) -> dict[str, Any]:
         checkpoints_total_limit=snapshots,
         **shape,
     )
-    folder = train(config, None, run.dataset)
+    folder = train(config, dataset=run.dataset)
     run.save("class-conditional", load_pipeline(folder).unet)
     early = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[0]
     pipe: Any = load_pipeline(folder)
@@ -218,7 +218,7 @@ def unconditional(run: Run) -> dict[str, Any]:
         max_train_steps=steps,
         checkpointing_steps=-(-steps // 3),
     )
-    folder = train(config, None, run.dataset)
+    folder = train(config, dataset=run.dataset)
     run.save("unconditional", load_pipeline(folder).unet)
     pipe = load_pipeline(folder)
     for eta in (1.0, 0.7):
@@ -244,7 +244,7 @@ def students(run: Run) -> dict[str, Any]:
         log_with="none",
     )
     deadline = time.monotonic() + run.seconds
-    folders = distill(config, run.dataset)
+    folders = distill(config, dataset=run.dataset)
     for folder in folders[-3:]:
         run.save(folder.name, load_pipeline(folder).unet)
     return {"rounds": [last_line(folder) for folder in folders], "seconds_left": deadline - time.monotonic()}
@@ -288,7 +288,7 @@ def sharpen(run: Run) -> dict[str, Any]:
         checkpoints_total_limit=3,
         torch_compile=False,
     )
-    folder = train(config, None, own)
+    folder = train(config, dataset=own)
     base = {name: value.double() for name, value in pipe.unet.state_dict().items()}
     for index in (1, 2, 3):
         tuned = averaged(folder / f"checkpoint-{index * steps}")

@@ -51,7 +51,7 @@ class Args:
         batch_sizes: Images drawn at once.
         train_batch_size: Images of a training step.
         compiled: Measure ours and diffusers' with torch.compile too.
-        only: Parts to run: sampling, training, scheduler, memory, process, scaling. None: all.
+        only: Parts to run: sampling, student, training, scheduler, memory, process, scaling. None: all.
         results: Folder of the results.
         child: Used by the benchmark itself: draw with this one, and tell the memory it took.
     """
@@ -334,6 +334,20 @@ def child(args: Args) -> None:
         print(next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1e6)
 
 
+def cpu_seconds(args: Args, commands: dict[str, list[str]]) -> Numbers:
+    """The CPU seconds of processes, round by round, after one to warm up."""
+    values: Numbers = {name: [] for name in commands}
+    for turn in tqdm(range(args.rounds + 1), desc="processes", disable=None):
+        for name, command in commands.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if turn:
+                used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                values[name].append(used)
+    return values
+
+
 def process(args: Args) -> list[dict[str, Any]]:
     """CPU seconds of whole processes, from start to the saved picture."""
     with tempfile.TemporaryDirectory() as folder:
@@ -353,15 +367,7 @@ def process(args: Args) -> list[dict[str, Any]]:
             "mini-ddpm sample, 1 image": [*draw, "--num-images", "1"],
             "mini-ddpm sample, 64 images": [*draw, "--num-images", "64"],
         }
-        values: Numbers = {name: [] for name in commands}
-        for turn in tqdm(range(args.rounds + 1), desc="processes", disable=None):
-            for name, command in commands.items():
-                before = resource.getrusage(resource.RUSAGE_CHILDREN)
-                subprocess.run(command, check=True, capture_output=True)
-                after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                if turn:
-                    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-                    values[name].append(used)
+        values = cpu_seconds(args, commands)
     return [{"row": "a whole process", "unit": "s of CPU", "values": values}]
 
 
@@ -388,8 +394,59 @@ def scaling(args: Args) -> list[dict[str, Any]]:
     return [{"row": f"{count} images by processes that share them", "unit": "s", "values": values}]
 
 
+COLD_DIGIT = """
+import sys
+import numpy as np
+import onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options)
+noise = np.random.default_rng(0).standard_normal((1, 1, 28, 28), dtype=np.float32)
+images, = session.run(["images"], {"noise": noise, "class_labels": np.array([3])})
+pixels = (images[0, 0] * 255).round().astype(np.uint8)
+with open(sys.argv[2], "wb") as file:
+    file.write(b"P5 28 28 255\\n" + pixels.tobytes())
+"""
+
+
+def student(args: Args) -> list[dict[str, Any]]:
+    """The four-step student through its pipeline and as one ONNX graph: one image, and a process that draws one."""
+    import numpy as np
+    import onnxruntime
+
+    from mini_ddpm import load_pipeline
+    from mini_ddpm.export import export_sampler
+
+    pipe: Any = load_pipeline("mnist-distilled")
+    pipe.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/sampler.onnx"
+        export_sampler(pipe, file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options)
+        noise = np.random.default_rng(0).standard_normal((1, 1, SIZE, SIZE), dtype=np.float32)
+        inputs = {"noise": noise, "class_labels": np.array([3])}
+        calls = {
+            "mini-ddpm": lambda: pipe([3], latents=torch.from_numpy(noise), output_type="np"),
+            "mini-ddpm, onnxruntime": lambda: session.run(["images"], inputs),
+        }
+        values = take_turns(args, calls, "4 steps, 1 image")
+        rows = [{"row": "draw, 4 steps of the student, 1 image", "unit": "s", "values": values}]
+        draw = [sys.executable, "-m", "mini_ddpm", "sample", "--class-labels", "3", "--device", "cpu"]
+        commands = {
+            "mini-ddpm sample": [*draw, "--out", f"{folder}/x.png"],
+            "numpy, onnxruntime": [sys.executable, "-c", COLD_DIGIT, file, f"{folder}/x.pgm"],
+        }
+        rows.append(
+            {"row": "from a cold process to a saved digit", "unit": "s of CPU", "values": cpu_seconds(args, commands)}
+        )
+    return rows
+
+
 PARTS = {
     "sampling": sampling,
+    "student": student,
     "training": training,
     "scheduler": scheduler,
     "memory": memory,

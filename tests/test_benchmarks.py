@@ -95,7 +95,7 @@ def test_shifts_are_whole_and_in_every_direction(script):
 
 def test_speed_is_measured_beside_peers(tmp_path, benchmark):
     speed = benchmark("speed")
-    parts = ("sampling", "training", "scheduler")
+    parts = ("sampling", "student", "training", "scheduler")
     args = speed.Args(rounds=1, num_inference_steps=2, batch_sizes=(1, 2), train_batch_size=2, compiled=False)
     result = speed.main(dataclasses.replace(args, only=parts, results=tmp_path))
     assert json.loads((tmp_path / "speed.json").read_text()) == result
@@ -110,7 +110,7 @@ def test_speed_is_measured_beside_peers(tmp_path, benchmark):
     )
     with Image.open(tmp_path / "speed.png") as plot:
         assert plot.size[0] > 500
-    with pytest.raises(ValueError, match="--only nothing: choose of sampling, training"):
+    with pytest.raises(ValueError, match="--only nothing: choose of sampling, student, training"):
         speed.main(dataclasses.replace(args, only=("nothing",)))
 
 
@@ -155,7 +155,7 @@ def test_the_ablation_is_made_of_real_trainings_once(quality, tiny, monkeypatch)
     assert table[2].startswith(f"| epsilon | 0.25 | 64 | {mean:.2f} ± ") and table[2].endswith(" | 2 |")
     assert len(table) == 6 and table[-1].startswith("2 steps of MiniDDIMScheduler. 32 images ")
 
-    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.TrainingLoop", None)  # what was trained is not trained again
     assert quality.main(args) == rows
     with pytest.raises(ValueError, match="--only nothing: choose of the recipe; epsilon; "):
         quality.main(dataclasses.replace(args, only=("nothing",)))
@@ -174,7 +174,7 @@ def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tin
     assert steps["tutorial-cosine-T=1000-0-1"] == ["checkpoint-1", "checkpoint-2"]  # went on from the column before
     assert steps["ours-0-0.5"] == ["checkpoint-2"] and steps["ours-0-1"] == ["checkpoint-4"]  # a schedule of its own
 
-    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.TrainingLoop", None)  # what was trained is not trained again
     assert quality.main(args) == rows
 
 
@@ -225,7 +225,7 @@ def test_the_weights_are_trained_and_measured_by_one_command(quality, tiny, monk
     assert trained["mnist"]["pretrained_model_name_or_path"] == str(args.runs / "mnist-class-conditional")
     assert (args.results / "weights.md").read_text().count("guidance 1.5 from 0.35 to 0.6, eta 1") == 1
 
-    monkeypatch.setattr("mini_ddpm.training.train.compute_loss", None)  # what was trained is not trained again
+    monkeypatch.setattr("mini_ddpm.training.train.TrainingLoop", None)  # what was trained is not trained again
     assert quality.main(args) == rows
 
 

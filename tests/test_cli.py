@@ -138,6 +138,9 @@ def test_defaults():
     assert vars(mini_ddpm_cli.CardConfig("x")) == {"pipeline": "x", "out": None, "repo_id": None}
     optional = {"private": False, "revision": None, "create_pr": False, "message": None, "dry_run": False}
     assert vars(mini_ddpm_cli.PushConfig("x", "a/b")) == {"folder": "x", "repo_id": "a/b", **optional}
+    export = {"revision": None, "num_inference_steps": None, "guidance_scale": None, "guidance_interval": None}
+    export |= {"scheduler": None, "dtype": "fp32", "unet_only": False, "out": None}
+    assert vars(mini_ddpm_cli.ExportConfig("x")) == {"pipeline": "x", **export}
     assert vars(mini_ddpm_cli.VerifyConfig("a/b")) == {"repo_id": "a/b", "revision": None}
 
 
@@ -208,7 +211,7 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
     )
     assert answer.returncode == 2
-    commands = "sample, train, distill, plot, evaluate, card, push, verify"
+    commands = "sample, train, distill, plot, evaluate, export, card, push, verify"
     assert answer.stderr == f"mini-ddpm: unknown command 'smaple'; choose one of {commands}, or --help.\n"
 
 

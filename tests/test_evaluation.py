@@ -969,7 +969,7 @@ def test_processes_share_the_work_and_find_the_same(parts, tmp_path, caches, mon
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     environment = {"MINI_DDPM_CACHE": str(tmp_path / "both"), "HF_DATASETS_CACHE": str(caches / "datasets")}
-    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parent)
+    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parents[1])
     command = [sys.executable, *two_processes, str(script), *flags, "--output-dir", str(tmp_path / "out")]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
     assert answer.returncode == 0, answer.stderr
@@ -1018,7 +1018,7 @@ def test_killed_run_resumes(parts, tmp_path, caches, monkeypatch):
     cache, out = tmp_path / "cache", tmp_path / "out"
     arguments = vars(config(parts, out, **settings))
     environment = {"MINI_DDPM_CACHE": str(cache), "HF_DATASETS_CACHE": str(caches / "datasets")}
-    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parent)
+    environment["PYTHONPATH"] = str(Path(mini_ddpm_cli.__file__).parents[1])
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, json.dumps(arguments, default=str)],
         env=os.environ | environment,
@@ -1200,7 +1200,7 @@ def test_code_in_a_models_folder_never_runs(open_network, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
     code = "from mini_ddpm.evaluation.features import *\n" + open_network.format(str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(Path(mini_ddpm_cli.__file__).parent), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(mini_ddpm_cli.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
     answer = subprocess.run([sys.executable, "-c", code], input="y\n", capture_output=True, text=True, env=environment)
     assert answer.returncode != 0 and not (tmp_path / "ran").exists(), answer.stdout
     assert "Do you wish to run" not in answer.stdout + answer.stderr

@@ -37,11 +37,17 @@ PORTABLE = [
     "pipelines.pipeline_mini_ddpm",
     "pipelines.pipeline_mini_ddpm_class_conditional",
 ]
-PORTABLE_BASES = ["schedulers.scheduling_base", "pipelines.pipeline_base", "pipelines.portable", "files"]
+PORTABLE_BASES = [
+    "models.blocks",
+    "schedulers.scheduling_base",
+    "pipelines.pipeline_base",
+    "pipelines.portable",
+    "files",
+]
 # The rooms from top to bottom. A module imports from rooms below its own, and from its own storey without a circle.
 STOREYS = [
     ["mini_ddpm_cli", "__main__"],
-    ["__init__", "training", "evaluation"],
+    ["__init__", "training", "evaluation", "export"],
     ["hub", "sampling", "plots", "curves", "data", "sources", "folders", "options"],
     ["models", "schedulers", "pipelines", "files"],
 ]
@@ -54,18 +60,21 @@ def storey(name: str) -> int:
 
 
 def module_file(name: str) -> Path:
-    return SOURCE / f"{name}.py" if name == "mini_ddpm_cli" else PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+    folder = SOURCE if name.startswith("mini_ddpm_cli.") else PACKAGE
+    return folder.joinpath(*name.split(".")).with_suffix(".py")
 
 
 def modules() -> list[str]:
-    files = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
-    return ["mini_ddpm_cli", *(".".join(file.parts) for file in files)]
+    files = [path.relative_to(PACKAGE).with_suffix("") for path in sorted(PACKAGE.rglob("*.py"))]
+    files += [path.relative_to(SOURCE).with_suffix("") for path in sorted((SOURCE / "mini_ddpm_cli").rglob("*.py"))]
+    return [".".join(file.parts) for file in files]
 
 
 def imports(name: str, everywhere: bool = True) -> Iterator[str]:
     """Absolute names that a module imports; `everywhere=False` leaves out what functions import and type checking."""
     nodes = [ast.parse(module_file(name).read_text(encoding="utf-8"))]
-    package = ["mini_ddpm", *name.split(".")[:-1]]
+    package = name.split(".")[:-1]
+    package = package if package[:1] == ["mini_ddpm_cli"] else ["mini_ddpm", *package]
     while nodes:
         node = nodes.pop()
         typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -78,8 +87,7 @@ def imports(name: str, everywhere: bool = True) -> Iterator[str]:
             base = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
             base = base if node.level else node.module or ""
             for alias in node.names:  # a module, or a name in one
-                path = base.removeprefix("mini_ddpm").strip(".")
-                path = f"{path}.{alias.name}" if path else alias.name
+                path = f"{base}.{alias.name}".removeprefix("mini_ddpm.")
                 yield f"{base}.{alias.name}" if base.startswith("mini_ddpm") and module_file(path).is_file() else base
 
 
@@ -91,7 +99,7 @@ def own_imports(name: str) -> set[str]:
         if first == "mini_ddpm":
             found.add(rest or "__init__")
         elif first == "mini_ddpm_cli":
-            found.add(first)
+            found.add(f"{first}.{rest or '__init__'}")
     return found - {name}
 
 
@@ -119,7 +127,7 @@ def test_every_module_has_its_place():
 def test_imports_point_one_way(name):
     upwards = {imported for imported in own_imports(name) if storey(imported) < storey(name)}
     assert not upwards
-    if name not in ("mini_ddpm_cli", "__main__"):
+    if storey(name) > 0:
         assert "__init__" not in own_imports(name), "import the module that defines it"
 
 
@@ -142,7 +150,7 @@ def test_modules_import_base_dependencies_only(name):
     base = distributions(PYPROJECT["project"]["dependencies"])
     assert third_party(imports(name, everywhere=False)) <= base
     extras = PYPROJECT["project"]["optional-dependencies"]
-    runtime = distributions([*extras["train"], *extras["eval"]])
+    runtime = distributions([*extras["train"], *extras["eval"], *extras["export"]])
     assert third_party(imports(name)) <= base | runtime
 
 

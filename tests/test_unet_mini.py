@@ -9,7 +9,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from mini_ddpm.models.unet_mini import PRESETS, MiniGroupNorm, MiniResnetBlock, MiniUNet2DModel, timestep_embedding
+from mini_ddpm.models.blocks import MiniGroupNorm, MiniResnetBlock, timestep_embedding
+from mini_ddpm.models.unet_mini import PRESETS, MiniUNet2DModel
 
 TINY = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
 
@@ -122,14 +123,15 @@ def test_timestep_embedding_is_its_formula_also_in_half_precision(dtype):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)]
 )
-def test_the_fast_group_norm_is_the_plain_one(dtype, tolerance):
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_fast_group_norm_is_the_plain_one(dtype, tolerance, count):
     norm = MiniGroupNorm(4, 12).to(dtype)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
-    plain = (torch.randn(3, 12, 5, 6) * torch.rand(12, 1, 1) + torch.randn(12, 1, 1)).to(dtype).requires_grad_()
+    plain = (torch.randn(count, 12, 5, 6) * torch.rand(12, 1, 1) + torch.randn(12, 1, 1)).to(dtype).requires_grad_()
     fast = plain.detach().to(memory_format=torch.channels_last).requires_grad_()
-    scale, shift = torch.randn(2, 3, 12, 1, 1, dtype=dtype)
-    weight = torch.randn(3, 12, 5, 6, dtype=dtype)
+    scale, shift = torch.randn(2, count, 12, dtype=dtype)
+    weight = torch.randn(count, 12, 5, 6, dtype=dtype)
     for arguments in ((), (scale, shift)):
         expected, actual = norm(plain, *arguments), norm(fast, *arguments)
         assert actual.dtype == dtype
@@ -139,21 +141,33 @@ def test_the_fast_group_norm_is_the_plain_one(dtype, tolerance):
         assert (gradients[1] - gradients[0]).abs().max() <= 4 * tolerance * gradients[0].abs().max()
 
 
-def test_the_fast_path_of_the_network_is_the_plain_one(monkeypatch):
-    unet, sample, timesteps = tiny(), torch.randn(3, 1, 28, 20), torch.tensor([5, 500, 999])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_fast_path_of_the_network_is_the_plain_one(monkeypatch, count):
+    unet, sample, timesteps = tiny(), torch.randn(count, 1, 28, 20), torch.tensor([5, 500, 999])[:count]
     fast = unet(sample, timesteps).sample
     formats = []
 
     def plain(norm, x, scale=None, shift=None):
         formats.append(x.is_contiguous(memory_format=torch.channels_last))
         x = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return x if scale is None else x * (1 + scale) + shift
+        return x if scale is None else x * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
     monkeypatch.setattr(MiniGroupNorm, "forward", plain)
     torch.testing.assert_close(unet(sample, timesteps).sample, fast, atol=1e-5, rtol=1e-4)
-    assert formats[0]  # what the stem makes on a CPU
+    assert formats[0] == (count > 1)  # what the stem makes on a CPU
     unet.to(memory_format=torch.channels_last)
     torch.testing.assert_close(unet(sample, timesteps).sample, fast, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("traced", [1, 2])
+def test_a_traced_network_takes_any_batch(traced):
+    unet, sample, timesteps = tiny(num_class_embeds=11), torch.randn(3, 1, 28, 28), torch.tensor([5, 500, 999])
+    labels = torch.tensor([3, 1, 4])
+    given = (sample[:traced], timesteps[:traced], labels[:traced])
+    unet.requires_grad_(False)
+    network = torch.jit.trace(lambda *parts: unet(*parts, return_dict=False)[0], given)
+    torch.testing.assert_close(network(sample, timesteps, labels), unet(sample, timesteps, labels).sample)
 
 
 def test_images_of_a_batch_do_not_see_each_other():

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mini_ddpm.curves import run_curves
     from mini_ddpm.data import ImageDataset, as_image_dataset, image_dataset
     from mini_ddpm.evaluation.evaluate import EvaluateConfig, evaluate
+    from mini_ddpm.export import ExportedSampler, export_sampler
     from mini_ddpm.plots import denoising_film, noising_strip, sample_grid
     from mini_ddpm.training.callbacks import TrainCallback, TrainState
     from mini_ddpm.training.config import TrainConfig
@@ -45,6 +46,7 @@ _LAZY = {
     "curves": ("run_curves",),
     "data": ("ImageDataset", "as_image_dataset", "image_dataset"),
     "evaluation.evaluate": ("EvaluateConfig", "evaluate"),
+    "export": ("ExportedSampler", "export_sampler"),
     "plots": ("denoising_film", "noising_strip", "sample_grid"),
     "training.callbacks": ("TrainCallback", "TrainState"),
     "training.config": ("TrainConfig",),
@@ -57,6 +59,7 @@ __all__ = [
     "PRETRAINED",
     "DistillConfig",
     "EvaluateConfig",
+    "ExportedSampler",
     "ImageDataset",
     "MiniDDIMScheduler",
     "MiniDDPMClassConditionalPipeline",
@@ -73,6 +76,7 @@ __all__ = [
     "denoising_film",
     "distill",
     "evaluate",
+    "export_sampler",
     "image_dataset",
     "load_pipeline",
     "noising_strip",

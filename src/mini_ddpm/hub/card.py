@@ -143,7 +143,7 @@ def write_card(pipe: Any, folder: Path) -> None:
     picture) and a hand-written card are copied into the folder first.
     """
     source = pipe._source_folder()
-    if source is not None and source.resolve() != folder.resolve() and _holds_weights(source, pipe.unet):
+    if source is not None and source.resolve() != folder.resolve() and holds_weights(source, pipe.unet):
         write_card_like(source, folder)
     else:
         _write_rendered_card(folder)
@@ -220,7 +220,7 @@ def _copy_facts_and_card(source: Path, folder: Path) -> None:
         _copy(card, folder / "README.md")
 
 
-def _holds_weights(folder: Path, unet: torch.nn.Module) -> bool:
+def holds_weights(folder: Path, unet: torch.nn.Module) -> bool:
     """Return whether a pipeline's folder holds the weights of a network, in any precision."""
     state = unet.state_dict()
     for files in weights_by_variant(folder / "unet").values():

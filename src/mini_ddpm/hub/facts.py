@@ -24,6 +24,9 @@ PROTOCOL_TEXTS = {
 }
 """How a table shows the fields of an evaluation record."""
 
+EXPORTS = ("onnx/sampler.onnx", "onnx/unet.onnx")
+"""The graphs of a pipeline, in its folder and on the Hub: the whole sampler, and the network alone."""
+
 # The facts that the configurations tell, with their types.
 _CONFIG_FACTS: dict[str, dict[str, Any]] = {
     "unet/config.json": {
@@ -52,6 +55,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
       records with `metric`, `value` and any of `name`, `dataset`, `split`, `num_images`, `num_inference_steps`,
       `scheduler`, `guidance_scale`, `guidance_interval`, `eta`, `seed`, `dtype`, `note`.
     - `picture`: the name of `samples.png`, or of the newest grid in `samples/`.
+    - `exports`: the names of the graphs in `onnx/` that `mini-ddpm export` wrote.
 
     Raises:
         OSError: The folder holds no pipeline.
@@ -70,7 +74,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
     pictures = [*sorted(folder.glob("samples/epoch-*.png")), folder / "samples.png"]
     if pictures := [file for file in pictures if file.is_file()]:
         facts["picture"] = pictures[-1].relative_to(folder).as_posix()
+    facts.pop("exports", None)
+    if exports := exported_files(folder):
+        facts["exports"] = [file.name for file in exports]
     return facts
+
+
+def exported_files(folder: Path) -> list[Path]:
+    """Return the graphs in a pipeline's folder that `mini-ddpm export` writes there."""
+    return [file for name in EXPORTS if (file := folder / name).is_file()]
 
 
 def _saved_facts(file: Path) -> dict[str, Any]:
@@ -103,7 +115,7 @@ def refuse_links_to_elsewhere(folder: Path) -> None:
     """
     folder = folder.resolve()
     roots = [folder, folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [folder]
-    for pattern in ("*.json", "*.jsonl", "*.md", "samples.png", "samples/*.png", "unet/*", "scheduler/*"):
+    for pattern in ("*.json", "*.jsonl", "*.md", "samples.png", "samples/*.png", "unet/*", "scheduler/*", *EXPORTS):
         for file in folder.glob(pattern):
             if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in roots):  # also of a loop
                 raise ValueError(

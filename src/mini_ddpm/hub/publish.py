@@ -18,10 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from ..files import write_text
-from ..pipelines.portable import BUNDLE, CHECKSUMS
+from ..pipelines.portable import BUNDLE, CHECKSUMS, weights_checksums
 from .card import is_rendered, render_card, write_card, write_card_like
 from .errors import explain_hub_errors
-from .facts import read_facts, refuse_links_to_elsewhere
+from .facts import EXPORTS, exported_files, read_facts, refuse_links_to_elsewhere
 from .load import (
     WEIGHTS_FILE,
     check_checksums,
@@ -40,11 +40,13 @@ logger = logging.get_logger(__name__)
 def push(name_or_path: str | Path, repo_id: str, *, commit_message: str | None = None, **options: Any) -> CommitInfo:
     """Publish the folder of a pipeline as it is: all variants of its weights, byte for byte, its facts and its card.
 
+    Graphs that `mini-ddpm export` wrote into it, `onnx/sampler.onnx`, are published too.
+
     Other files in the folder (checkpoints, logs) are not published. The options are those of `publish`.
 
     Raises:
         OSError: There is no such folder, or the push failed. The message says what was published, if anything.
-        ValueError: The folder holds no mini-ddpm pipeline, or a damaged one.
+        ValueError: The folder holds no mini-ddpm pipeline, or a damaged one, or a graph of other weights.
     """
     commit_message = commit_message or f"Upload {Path(name_or_path).resolve().name}"
     with staged_pipeline(name_or_path) as folder:
@@ -79,12 +81,27 @@ def staged_pipeline(name_or_path: str | Path) -> Iterator[Path]:
                 copy = folder / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
+        for file in exported_files(source):
+            _refuse_other_weights(file, source)
+            (folder / "onnx").mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.relative_to(source))
         if foreign:
             write_card_like(source, folder)
         else:
             pipe.to_json_file(folder / "model_index.json")
             write_card(pipe, folder)
         yield folder
+
+
+def _refuse_other_weights(file: Path, folder: Path) -> None:
+    """Raise a `ValueError` if an exported graph tells in its metadata that it was made from other weights."""
+    content = file.read_bytes()
+    if b"weights_sha256" in content and not any(
+        checksum.encode() in content for checksum in weights_checksums(folder).values()
+    ):
+        raise ValueError(
+            f"{file} was exported from other weights than those in {folder}. Export it again or remove it."
+        )
 
 
 def publish(
@@ -100,9 +117,9 @@ def publish(
 ) -> CommitInfo:
     """Commit a saved pipeline to the Hub, all files at once. `push` and the pipelines' `push_to_hub` call this.
 
-    Delete repository files that the new ones replace (older code, the same weights sharded differently). Keep a card
-    that a person wrote or edited. A rendered card names the commit that holds the pipeline, so it follows in a second
-    commit.
+    Delete repository files that the new ones replace (older code, the same weights sharded differently), and graphs of
+    other weights. Keep a card that a person wrote or edited. A rendered card names the commit that holds the pipeline,
+    so it follows in a second commit.
 
     Raises:
         OSError: Nobody is logged in, or the push failed.
@@ -147,13 +164,18 @@ def publish(
         index = folder / "model_index.json"
         stay = remote_names - files.keys() - set(replaced)
         kept = {name.removeprefix(prefix) for name in stay if name.startswith(prefix) and WEIGHTS_FILE.search(name)}
-        if kept and prefix + index.name in remote_names:  # weights of other variants, whose checksums stay too
+        exports = stay & {prefix + name for name in EXPORTS}
+        remote_checksums: dict[str, str] = {}
+        if (kept or exports) and prefix + index.name in remote_names:
             remote_index = Path(api.hf_hub_download(repo_id, prefix + index.name, revision=base.sha))
             with contextlib.suppress(ValueError):  # it may be damaged, and is replaced
-                checksums = {name: value for name, value in read_checksums(remote_index).items() if name in kept}
-                content = read_json(index)
-                content[CHECKSUMS] = checksums | content.get(CHECKSUMS, {})
-                write_text(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
+                remote_checksums = read_checksums(remote_index)
+        if not set(weights_checksums(folder).values()) & set(remote_checksums.values()):
+            replaced += sorted(exports)
+        if checksums := {name: value for name, value in remote_checksums.items() if name in kept}:
+            content = read_json(index)  # weights of other variants stay, and so do their checksums
+            content[CHECKSUMS] = checksums | content.get(CHECKSUMS, {})
+            write_text(index, json.dumps(content, indent=2, sort_keys=True) + "\n")
         added = (CommitOperationAdd(name, path) for name, path in sorted(files.items()))
         deleted = (CommitOperationDelete(name) for name in replaced)
         commit = api.create_commit(

@@ -18,12 +18,22 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders.peft import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from huggingface_hub import constants
 from torch import nn
+
+from .blocks import (
+    MiniDownBlock,
+    MiniGroupNorm,
+    MiniHead,
+    MiniMidBlock,
+    MiniTimestepEmbedding,
+    MiniUpBlock,
+    is_single,
+    timestep_embedding,
+)
 
 # Named shapes. "mini" is the default: with a 2x2 patch stem the convolutions run at 14x14 and 7x7, which is cheap.
 # The others have the widths of the tutorial that this package grew from (dim 32 or 64, multipliers 1, 2, 4, 8, no
@@ -68,244 +78,6 @@ def check_bounds(name: str, value: Any, low: float, high: float) -> None:
     for number in value if isinstance(value, (list, tuple)) else (value,):
         if isinstance(number, bool) or not isinstance(number, kind) or not low <= number <= high:  # type: ignore[operator]
             raise ValueError(f"{name}={number!r} must be a {word} from {low:g} to {high:.10g}.")
-
-
-def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
-    """Return the sinusoidal embedding of the timestep (arXiv 1706.03762, section 3.5; DDPM, appendix B).
-
-    `emb(t) = [cos(t·f_0), ..., cos(t·f_{d/2-1}), sin(t·f_0), ...]`, `f_i = max_period^(-i / (d/2))`.
-
-    Args:
-        timesteps: (B,), any int or float type, in [0, num_train_timesteps).
-        dim: Even width d of the embedding.
-        max_period: The longest period divided by 2π, in timesteps.
-
-    Returns:
-        (B, dim) in float32, whatever the model's dtype. In half precision the phase error reaches 0.24 rad at t = 999.
-    """
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    phase = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * exponent)[None, :]  # (B, dim/2)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, dim)
-
-
-class MiniGroupNorm(nn.GroupNorm):
-    """Group normalization (arXiv 1803.08494), scaled and shifted: `(1 + scale)·(w·(x - μ)/√(σ² + eps) + b) + shift`.
-
-    μ and σ² are those of one image and one group of channels. torch's kernel is 3 to 17 times slower for channels-last
-    images on a CPU. There, this class uses sums over each channel, one multiplication and one addition.
-    """
-
-    def forward(
-        self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Normalize `x` (B, D, H, W), then scale and shift it by (B, D, 1, 1); returns (B, D, H, W)."""
-        if x.is_cpu and not x.is_contiguous() and not torch.compiler.is_compiling():
-            pixels = x.flatten(2).transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))  # (B, H·W, D)
-            sums = torch.stack([pixels.sum(1), pixels.square().sum(1)])  # (2, B, D)
-            sums = sums.view(2, len(x), self.num_groups, -1).mean(3) / pixels.shape[1]  # (2, B, groups)
-            mean, variance = sums[0], (sums[1] - sums[0] ** 2).clamp(min=0)
-            width = x.shape[1] // self.num_groups
-            factor = (variance + self.eps).rsqrt().repeat_interleave(width, 1) * self.weight  # (B, D)
-            offset = self.bias - mean.repeat_interleave(width, 1) * factor
-            factor, offset = factor[:, :, None, None], offset[:, :, None, None]
-            if scale is not None and shift is not None:
-                factor, offset = factor * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
-            return torch.addcmul(offset.to(x.dtype), x, factor.to(x.dtype))
-        x = super().forward(x)
-        return x if scale is None or shift is None else torch.addcmul(shift, x, 1 + scale)
-
-
-class MiniAttnProcessor:
-    """Multi-head self-attention, `softmax(q k^T / sqrt(d)) v`, by the backend that diffusers selects."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(self, attn: "MiniAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        """Mix the tokens. `hidden_states` and the result are (B, H·W, D)."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # type: ignore[operator]
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, H·W, heads, d)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        hidden_states = hidden_states.flatten(2).to(query.dtype)  # (B, H·W, D)
-        return attn.to_out[1](attn.to_out[0](hidden_states))  # type: ignore[no-any-return]
-
-
-class MiniAttention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
-    """Residual self-attention over the pixels of a feature map of width D: `x + out(attention(norm(x)))`."""
-
-    _default_processor_cls = MiniAttnProcessor
-    _available_processors = [MiniAttnProcessor]
-    use_bias = True
-
-    def __init__(self, channels: int, head_dim: int, norm_num_groups: int, norm_eps: float, dropout: float) -> None:
-        super().__init__()
-        self.heads = channels // head_dim
-        self.norm = MiniGroupNorm(norm_num_groups, channels, eps=norm_eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        # A list, since diffusers' tools look for `to_out.0`.
-        self.to_out = nn.ModuleList([zero_init(nn.Linear(channels, channels)), nn.Dropout(dropout)])
-        self.set_processor(MiniAttnProcessor())  # type: ignore[operator]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Attend. `hidden_states` and the result are (B, D, H, W)."""
-        tokens = self.norm(hidden_states).flatten(2).transpose(1, 2)  # (B, H·W, D)
-        tokens = self.processor(self, tokens)  # type: ignore[operator]  # (B, H·W, D)
-        return hidden_states + tokens.transpose(1, 2).reshape(hidden_states.shape)  # type: ignore[no-any-return]
-
-
-class MiniResnetBlock(nn.Module):
-    """Residual block in which the embedding scales and shifts the second norm ("AdaGN", ADM, section 3.1).
-
-    `h = conv1(silu(norm1(x)))`, `h = conv2(dropout(silu((1 + scale)·norm2(h) + shift)))`, returns `skip(x) + h`.
-    `conv2` starts at zero, so that a new block is the identity (arXiv 1706.02677, section 5.1). A 1x1 convolution
-    adapts the residual if the widths differ.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, embedding_dim: int, norm_num_groups: int, norm_eps: float,
-        dropout: float,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.norm1 = MiniGroupNorm(norm_num_groups, in_channels, eps=norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm2 = MiniGroupNorm(norm_num_groups, out_channels, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Transform `hidden_states` (B, in_channels, H, W) under `temb` (B, E) into (B, out_channels, H, W)."""
-        residual = self.conv_shortcut(hidden_states)
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        scale, shift = self.time_emb_proj(temb)[:, :, None, None].chunk(2, dim=1)  # each (B, D, 1, 1)
-        hidden_states = F.silu(self.norm2(hidden_states, scale, shift))
-        return residual + self.conv2(self.dropout(hidden_states))  # type: ignore[no-any-return]
-
-
-class MiniLevel(nn.Module):
-    """Residual blocks, each followed by attention if the level has it. Base class of down, mid and up blocks.
-
-    Args:
-        in_channels: The input width of each residual block.
-        out_channels: Width D of the level.
-        attention: For each residual block, whether attention follows it.
-        embedding_dim, attention_head_dim, norm: See [`MiniUNet2DModel`]; `norm` holds `norm_num_groups`, `norm_eps`
-            and `dropout`.
-    """
-
-    gradient_checkpointing = False
-
-    def __init__(
-        self, in_channels: tuple[int, ...], out_channels: int, attention: tuple[bool, ...], embedding_dim: int,
-        attention_head_dim: int, **norm: Any,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            MiniResnetBlock(width, out_channels, embedding_dim, **norm) for width in in_channels
-        )
-        self.attentions = nn.ModuleList(
-            MiniAttention(out_channels, attention_head_dim, **norm) if attends else nn.Identity()
-            for attends in attention
-        )
-
-    def layer(self, index: int, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Run residual block `index` and its attention; with gradient checkpointing, recompute it when needed."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            hidden_states = self._gradient_checkpointing_func(self.resnets[index], hidden_states, temb)  # type: ignore[operator]
-        else:
-            hidden_states = self.resnets[index](hidden_states, temb)
-        return self.attentions[index](hidden_states)  # type: ignore[no-any-return]
-
-
-class MiniDownBlock(MiniLevel):
-    """One level of the way down: a strided convolution (not at the top), then the layers. Each leaves a skip."""
-
-    def __init__(self, downsample_from: int | None, **level: Any) -> None:
-        super().__init__(**level)
-        self.downsampler: nn.Module = nn.Identity()
-        if downsample_from is not None:  # 3x3 with stride 2 halves any size, rounding up: 28 -> 14 -> 7 -> 4
-            self.downsampler = nn.Conv2d(downsample_from, level["out_channels"], 3, stride=2, padding=1)
-
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the skips, (B, D, H, W) each: the input and the output of each layer. The last is the result."""
-        hidden_states = self.downsampler(hidden_states)  # (B, D, ceil(H/2), ceil(W/2)), or unchanged at the top
-        skips = [hidden_states]
-        for index in range(len(self.resnets)):
-            hidden_states = self.layer(index, hidden_states, temb)
-            skips.append(hidden_states)
-        return tuple(skips)
-
-
-class MiniMidBlock(MiniLevel):
-    """The bottom of the U: two residual blocks with attention between them."""
-
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Transform (B, D, H, W) into the same shape."""
-        for index in range(len(self.resnets)):
-            hidden_states = self.layer(index, hidden_states, temb)
-        return hidden_states
-
-
-class MiniUpBlock(MiniLevel):
-    """One level of the way up: resize to the size of the skips, then run one layer per skip."""
-
-    def __init__(self, upsample_from: int | None, **level: Any) -> None:
-        super().__init__(**level)
-        self.upsampler = nn.Conv2d(upsample_from, upsample_from, 3, padding=1) if upsample_from is not None else None
-
-    def forward(
-        self, hidden_states: torch.Tensor, skips: tuple[torch.Tensor, ...], temb: torch.Tensor
-    ) -> torch.Tensor:
-        """Use the `skips` of the level, last first. Return (B, D, H, W) with their H and W."""
-        if self.upsampler is not None:
-            # Resize to the size of the skip, not by a factor of two, so that odd sizes match.
-            hidden_states = F.interpolate(hidden_states, size=skips[0].shape[-2:], mode="nearest")
-            hidden_states = self.upsampler(hidden_states)
-        for index, skip in enumerate(reversed(skips)):
-            hidden_states = self.layer(index, torch.cat([hidden_states, skip], dim=1), temb)
-        return hidden_states
-
-
-class MiniHead(nn.Module):
-    """Residual block at full resolution: it sees across the borders of the patches, which unfold one by one.
-
-    `y + conv2(silu(conv1([h, x_t])))`, with the prediction y in the first channels of the input and K features h in
-    the others. `conv2` starts at zero, so that a new head changes nothing.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, head_channels: int) -> None:
-        super().__init__()
-        self.out_channels = out_channels
-        self.conv1 = nn.Conv2d(head_channels + in_channels, head_channels, 3, padding=1)
-        self.conv2 = zero_init(nn.Conv2d(head_channels, out_channels, 3, padding=1))
-
-    def forward(self, hidden_states: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """Map (B, C_out + K, H, W) and x_t, (B, C, H, W), to the prediction, (B, C_out, H, W)."""
-        output, features = hidden_states[:, : self.out_channels], hidden_states[:, self.out_channels :]
-        features = F.silu(self.conv1(torch.cat([features, sample], dim=1)))
-        return output + self.conv2(features)  # type: ignore[no-any-return]
-
-
-class MiniTimestepEmbedding(nn.Module):
-    """Two-layer perceptron over the sinusoids: `linear_2(silu(linear_1(emb)))`, (B, in_dim) -> (B, E)."""
-
-    def __init__(self, in_dim: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, embedding_dim)
-        self.linear_2 = nn.Linear(embedding_dim, embedding_dim)
-
-    def forward(self, emb: torch.Tensor) -> torch.Tensor:
-        """Map the sinusoids (B, in_dim) to the embedding (B, E)."""
-        return self.linear_2(F.silu(self.linear_1(emb)))  # type: ignore[no-any-return]
 
 
 class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -527,7 +299,8 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         if pad_h or pad_w:
             sample = F.pad(sample, (0, pad_w, 0, pad_h), mode="replicate")
         patches = F.pixel_unshuffle(sample, patch)
-        if patches.is_cpu:  # convolutions are fastest in channels last on a CPU; the layers below keep the format
+        # On a CPU convolutions are fastest in channels last, but for a single image. The layers below keep the format.
+        if patches.is_cpu and not is_single(patches):
             patches = patches.contiguous(memory_format=torch.channels_last)
         hidden_states = self.conv_in(patches)  # (B, D_0, H/p, W/p)
 
@@ -549,10 +322,3 @@ class MiniUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin)
         if not return_dict:
             return (output,)
         return MiniUNet2DOutput(sample=output)
-
-
-def zero_init(layer: nn.Module) -> nn.Module:
-    """Set a layer's weight and bias to zero, so that its residual branch starts as the identity."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
