@@ -370,6 +370,7 @@ def test_a_file_beside_it_travels_too(tmp_path):
 def test_an_edited_copy_of_our_network_is_not_taken_for_ours(tiny_unet, tmp_path):
     """A researcher's `unet_mini.py` with another `MiniUNet2DModel`: the installed class would give other images."""
     source = Path(mini_ddpm.models.unet_mini.__file__).read_text(encoding="utf-8")
+    source = source.replace("from .blocks import", "from mini_ddpm.models.blocks import")
     (tmp_path / "code").mkdir()
     with importable(tmp_path / "code", "unet_mini", source + "\n\nEDITED = True\n") as module:
         unet = module.MiniUNet2DModel.from_config(tiny_unet().config)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import assert_equal_weights, weights
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from PIL import Image
@@ -593,10 +594,14 @@ def test_tensorboard_has_settings_curves_and_pictures(config, images):
 
 def test_two_runs_and_a_foreign_accelerator_in_one_process(config, images):
     foreign = Accelerator(cpu=True)
-    layer = foreign.prepare(torch.nn.Linear(2, 2))
-    first = train(config, unet=unet(), dataset=images)
-    assert foreign.device.type == "cpu" and layer(torch.zeros(1, 2)).shape == (1, 2)
-    assert_equal_weights(first, train(elsewhere(config), unet=unet(), dataset=images))
+    try:
+        layer = foreign.prepare(torch.nn.Linear(2, 2))
+        first = train(config, unet=unet(), dataset=images)
+        assert foreign.device.type == "cpu" and layer(torch.zeros(1, 2)).shape == (1, 2)
+        assert_equal_weights(first, train(elsewhere(config), unet=unet(), dataset=images))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 LAUNCH = """

@@ -134,7 +134,7 @@ def test_processes_draw_a_share_each_and_rank_0_collects(pipe, bars, calls, tmp_
     """The second process runs first, so that the first finds its shards."""
     waited = []
     state = SimpleNamespace(wait_for_everyone=lambda: waited.append(1))
-    monkeypatch.setattr("accelerate.PartialState", lambda cpu: waited.append(cpu) or state)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu, timeout: waited.append(cpu) or state)
     options = {"batch_size": 2, "shard_size": 2, "folder": tmp_path, "shared": True}
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
