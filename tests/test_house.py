@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -383,3 +384,14 @@ def test_the_table_of_speed_in_the_readme_is_that_of_its_run(benchmark):
         ("a whole process", "mini-ddpm sample, 1 image", "import torch, diffusers' base classes"),
     ):
         assert speed.ratio(rows[row], name, base) in text, (row, name)
+
+    result = json.loads((results / "speed-xeon.json").read_text(encoding="utf-8"))
+    assert (results / "speed-xeon.md").read_text(encoding="utf-8") == speed.table(result)
+    rows = {row["row"]: row["values"] for row in result["rows"]}
+    for count in (1, 16, 64):
+        assert speed.ratio(rows[f"draw, 50 steps, {count} images"], "diffusers", "mini-ddpm") in text
+    student, cold = rows["draw, 4 steps of the student, 1 image"], rows["from a cold process to a saved digit"]
+    for values, told in ((student, "{:.0f} ms"), (cold, "{:.2f} s of CPU")):
+        name = next(name for name in values if "onnxruntime" in name)
+        median = statistics.median(values[name])
+        assert told.format(median * 1000 if "ms" in told else median) in text
