@@ -25,6 +25,14 @@ import mini_ddpm
 TOKEN = "hf_loopback"
 READ_TOKEN = "hf_readonly"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# Settings of the short runs in the tests of training.
+SHORT_RUN = {
+    "train_batch_size": 4,
+    "save_images_epochs": 0,
+    "log_with": "none",
+    "device": "cpu",
+    "mixed_precision": "no",
+}
 
 
 def weights(folder):

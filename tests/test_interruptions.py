@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import WEIGHTS, assert_equal_weights, weights
+from conftest import SHORT_RUN, WEIGHTS, assert_equal_weights, weights
 from PIL import Image
 
 from mini_ddpm import load_pipeline
@@ -34,16 +34,12 @@ def config(pictures, tmp_path):
         output_dir=tmp_path / "run",
         block_out_channels=(32,),
         layers_per_block=1,
-        train_batch_size=4,
         max_train_steps=8,
         lr_warmup_steps=0,
         lr_scheduler="constant",
         checkpointing_steps=2,
         checkpoints_total_limit=3,
-        save_images_epochs=0,
-        log_with="none",
-        device="cpu",
-        mixed_precision="no",
+        **SHORT_RUN,
     )
 
 

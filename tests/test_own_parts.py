@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import assert_equal_weights, weights
+from conftest import SHORT_RUN, assert_equal_weights, weights
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 from PIL import Image
 from torch.utils.data import TensorDataset
@@ -39,14 +39,10 @@ def config(tmp_path):
     """Eight steps on data that is given."""
     return TrainConfig(
         output_dir=tmp_path / "run",
-        train_batch_size=4,
         max_train_steps=8,
         checkpointing_steps=4,
         logging_steps=2,
-        save_images_epochs=0,
-        log_with="none",
-        device="cpu",
-        mixed_precision="no",
+        **SHORT_RUN,
     )
 
 

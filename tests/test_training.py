@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import WEIGHTS, assert_equal_weights, weights
+from conftest import SHORT_RUN, WEIGHTS, assert_equal_weights, weights
 from PIL import Image
 
 from mini_ddpm import (
@@ -43,15 +43,11 @@ def config(pictures, tmp_path):
         output_dir=tmp_path / "run",
         block_out_channels=(64, 64),
         layers_per_block=1,
-        train_batch_size=4,
         max_train_steps=20,
         lr_warmup_steps=5,
         checkpointing_steps=10,
         logging_steps=5,
-        save_images_epochs=0,
-        log_with="none",
-        device="cpu",
-        mixed_precision="no",
+        **SHORT_RUN,
     )
 
 

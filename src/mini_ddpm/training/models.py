@@ -29,6 +29,14 @@ def new_model(config: TrainConfig, dataset: ImageDataset, unet: Any = None, sche
 
     Images or a setting that do not fit a given part, or the pipeline to start from, are a `ValueError`.
     """
+    channels, height, width = dataset.shape
+    overrides: dict[str, Any] = {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+        # the last is the null label
+        "num_class_embeds": len(dataset.id2label or ()) + 1 if config.class_conditional else None,
+    }
     if unet is not None or scheduler is not None:
         if config.pretrained_model_name_or_path is not None:
             raise ValueError(
@@ -39,19 +47,11 @@ def new_model(config: TrainConfig, dataset: ImageDataset, unet: Any = None, sche
         for name, part, settings in given:
             _check_settings(config, settings if part is not None else (), {}, f"the {name} that was given", name)
     if unet is not None:
-        _check_network(config, dataset, unet)
+        _check_network(unet, overrides)
         unet = unet.float()
     if scheduler is not None:
         _check_scheduler(scheduler)
         scheduler = type(scheduler).from_config(scheduler.config)
-    channels, height, width = dataset.shape
-    overrides: dict[str, Any] = {
-        "sample_size": height if height == width else (height, width),
-        "in_channels": channels,
-        "out_channels": channels,
-        # the last is the null label
-        "num_class_embeds": len(dataset.id2label or ()) + 1 if config.class_conditional else None,
-    }
     if config.pretrained_model_name_or_path is not None:
         source: Any = load_pipeline(config.pretrained_model_name_or_path)
         if source.unet.config.in_channels != channels or source.unet.config.out_channels != channels:
@@ -105,27 +105,22 @@ def describe(part: Any) -> dict[str, Any]:
     return {"_class": f"{type(part).__module__}.{type(part).__qualname__}", **config}
 
 
-def _check_network(config: TrainConfig, dataset: ImageDataset, unet: Any) -> None:
-    """Raise unless a network can be trained on these images, and saved."""
+def _check_network(unet: Any, needed: dict[str, Any]) -> None:
+    """Raise unless a network has the configuration that the images need, and can be trained and saved."""
     if not isinstance(unet, ModelMixin):
         raise TypeError(
             f"unet is of type {type(unet).__name__}, but must be a diffusers ModelMixin and ConfigMixin, so that it "
             "can be saved. Subclass MiniUNet2DModel, or both of these."
         )
-    channels, height, width = dataset.shape
-    size = unet.config.get("sample_size")
-    if size is None:
-        unet.register_to_config(sample_size=height if height == width else (height, width))
-        size = unet.config.sample_size
-    known = dict(unet.config) | {"sample_size": (size, size) if isinstance(size, int) else tuple(size)}
-    needed = {"in_channels": channels, "out_channels": channels, "sample_size": (height, width)}
-    needed["num_class_embeds"] = len(dataset.id2label or ()) + 1 if config.class_conditional else None
+    if unet.config.get("sample_size") is None:
+        unet.register_to_config(sample_size=needed["sample_size"])
+    known, needed = ({**part, "sample_size": _height_and_width(part["sample_size"])} for part in (unet.config, needed))
     for key, value in needed.items():
         if known.get(key) != value:
             null = ", one for each class and one for no class" if key == "num_class_embeds" and value else ""
             raise ValueError(
                 f"unet has {key}={known.get(key)}, but these images with class_conditional="
-                f"{config.class_conditional} need {key}={value}{null}."
+                f"{needed['num_class_embeds'] is not None} need {key}={value}{null}."
             )
     if getattr(unet, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -136,6 +131,10 @@ def _check_network(config: TrainConfig, dataset: ImageDataset, unet: Any) -> Non
         raise ValueError("unet has no parameter with requires_grad=True, so nothing could be trained.")
     network: Any = type(unet)
     is_portable(network)  # warns now, not at the end
+
+
+def _height_and_width(size: int | tuple[int, int]) -> tuple[int, ...]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _check_scheduler(scheduler: Any) -> None:
