@@ -11,7 +11,7 @@ LOWEST := $(VENV)/lowest
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help sample test test-slow test-lowest test-browser browser lint format evaluation card clean
+.PHONY: help sample test test-slow test-lowest test-browser browser docs docs-links release lint format evaluation card clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,10 +36,18 @@ test-browser: $(VENV)/browser.stamp $(VENV)/space.stamp $(if $(shell command -v 
 
 browser: $(VENV)/page.stamp  ## build the page that draws digits in the browser: dist/browser (needs npm)
 
-lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict
+SPHINX := OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet
+docs: $(VENV)/docs.stamp  ## build the documentation: docs/_build/html
+	$(SPHINX) -b html docs docs/_build/html
+
+docs-links: $(VENV)/docs.stamp  ## visit the addresses that the documentation links to (needs a network)
+	$(SPHINX) -b linkcheck docs docs/_build/links
+
+lint: $(VENV)/dev.stamp  ## ruff check, ruff format --check, mypy --strict, zizmor (the workflows)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --no-progress --offline --strict-collection .github
 
 format: $(VENV)/dev.stamp  ## let ruff repair and format the code
 	$(BIN)/ruff check --fix .
@@ -47,14 +55,13 @@ format: $(VENV)/dev.stamp  ## let ruff repair and format the code
 
 # FID of the weights that ship, and how many are read as the class asked for; hours on a CPU.
 SHIPPED := mnist mnist-class-conditional mnist-distilled
-EVALUATE := $(BIN)/mini-ddpm evaluate --feature-dtype bf16 --dtype bf16 --torch-compile $(ARGS)
+EVALUATE := $(BIN)/mini-ddpm evaluate $(ARGS)
 evaluation: $(VENV)/dev.stamp runs/mnist-classifier/config.json  ## measure the weights that ship: model_card/*/evaluation.json
-	$(EVALUATE) mnist --steps 50 --eta 1 --output-dir model_card/mnist
-	for sampling in "--steps 50 --eta 1 --guidance-scale 1" "--steps 20 --guidance-scale 1" \
-	  "--steps 40 --eta 1 --guidance-scale 1.5 --guidance-interval 0.35 0.6" "--steps 25 --eta 1 --guidance-scale 1.2"; do \
+	$(EVALUATE) mnist --output-dir model_card/mnist
+	for sampling in "" "--steps 50 --eta 1 --guidance-scale 1" "--steps 50 --eta 0.7 --guidance-scale 1"; do \
 	  $(EVALUATE) mnist-class-conditional $$sampling --classifier runs/mnist-classifier \
 	    --output-dir model_card/mnist-class-conditional || exit; done
-	$(EVALUATE) mnist-distilled --num-images 4000 --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
+	$(EVALUATE) mnist-distilled --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
 	for name in $(SHIPPED); do cp model_card/$$name/evaluation.json src/mini_ddpm/pretrained/$$name/ || exit; done
 
 runs/mnist-classifier/config.json: | $(VENV)/dev.stamp
@@ -64,8 +71,25 @@ card: $(VENV)/base.stamp  ## render model_card/ anew from the weights that ship 
 	for name in $(SHIPPED); do \
 	  $(BIN)/mini-ddpm card $$name --repo-id user/$$name --out model_card/$$name || exit; done
 
+# What a stranger gets: the wheel alone, with the newest of what it needs, in a new environment and an empty folder.
+# torch has the version of constraints.txt, since the newest may be a build of several GB. Or: make release TORCH=torch.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+ALONE := $(abspath $(VENV)/alone/bin)
+release: docs $(VENV)/release.stamp  ## build sdist and wheel, install the wheel alone, draw with it: dist/release
+	rm -rf dist/release dist/drawn && mkdir -p dist/drawn
+	$(VENV)/release/bin/python -m build --outdir dist/release
+	$(VENV)/release/bin/python -m twine check --strict dist/release/*
+	$(PYTHON) -m venv --clear $(VENV)/alone
+	$(ALONE)/python -m pip install --quiet --disable-pip-version-check $(TORCH) dist/release/*.whl
+	cd dist/drawn && $(ALONE)/mini-ddpm sample --out digits.png
+	cd dist/drawn && $(ALONE)/python -c "from mini_ddpm import load_pipeline; \
+	  load_pipeline('mnist-distilled')([3, 1, 4]).images[0].save('three.png')"
+	@echo; echo "Ready to publish:" dist/release/*
+	@echo "Drawn with it:" dist/drawn/*
+	@echo "Its documentation: docs/_build/html/index.html"
+
 clean:  ## remove .venv and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist docs/_build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +109,16 @@ $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	@echo "installing mini-ddpm with everything its tests need into $(VENV) ..."
 	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/base.stamp
+
+$(VENV)/docs.stamp: pyproject.toml $(VENV)/torch.stamp
+	@echo "installing mini-ddpm with everything its documentation needs into $(VENV) ..."
+	@$(PIP_INSTALL) --editable ".[docs]"
+	@touch $@ $(VENV)/base.stamp
+
+$(VENV)/release.stamp: constraints.txt
+	@$(PYTHON) -m venv --clear $(VENV)/release
+	@$(VENV)/release/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt build twine
+	@touch $@
 
 $(VENV)/browser.stamp: $(VENV)/dev.stamp
 	@$(PIP_INSTALL) --editable ".[browser]"

@@ -171,7 +171,7 @@ class Run:
 
 def _defaults(pipe: Any) -> dict[str, Any]:
     """The arguments that a pipeline was made with, beside its parts."""
-    names = ("id2label", "default_num_inference_steps", "default_guidance_scale", "black_level", "white_level")
+    names = ("id2label", *(name for name in pipe.config if name.startswith("default_")), "black_level", "white_level")
     return {name: pipe.config[name] for name in names if pipe.config.get(name) is not None}
 
 

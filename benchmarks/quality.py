@@ -27,6 +27,7 @@ import tyro
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation.evaluate import COLUMNS, EvaluateConfig, evaluate, markdown_table
+from mini_ddpm.options import distilled_steps
 from mini_ddpm.plots import sample_grid, sampling_options
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -236,7 +237,7 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     guidance = {"guidance_scale": taught["guidance_scale"]}
     guidance |= {"guidance_interval": tuple(taught.get("guidance_interval", (0, 1)))}
     options |= guidance
-    if "default_num_inference_steps" in load_pipeline(teacher).config:
+    if distilled_steps(load_pipeline(teacher)):
         raise ValueError(f"{teacher} is a student itself.")
     for folder, steps in zip(folders, counts, strict=True):
         rows = measure(args, str(folder), (steps,), output_dir=args.runs / "distillation" / folder.name)

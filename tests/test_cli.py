@@ -126,7 +126,7 @@ def test_defaults():
         "num_inference_steps": None,
         "guidance_scale": None,
         "guidance_interval": None,
-        "eta": 0.0,
+        "eta": None,
         "scheduler": None,
         "seed": 0,
         "batch_size": 128,

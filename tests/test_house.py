@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import graphlib
 import importlib
 import itertools
 import json
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -22,8 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mini_ddpm
-import mini_ddpm_cli
 from mini_ddpm.evaluation.evaluate import COLUMNS, check_protocol, markdown_table
+from mini_ddpm.plots import sampling_options
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
@@ -230,84 +228,59 @@ def test_constraints_pin_what_pyproject_asks_for():
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
-def shell_commands() -> list[list[str]]:
-    """The words of every `mini-ddpm` and `make` command in the shell blocks of the documents."""
-    commands = []
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for block in re.findall(
-            r"```(?:bash|sh|console)\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL
-        ):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words and Path(words[0]).name in ("mini-ddpm", "make"):
-                    commands.append(words)
-    return commands
+def page(name: str) -> str:
+    """The text of a document."""
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_commands_in_the_documents_run(tmp_path, monkeypatch):
-    """Each parses, each make target exists, and the samplers really draw, fewer images in fewer steps."""
-    monkeypatch.chdir(tmp_path)
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    drawn = set()
-    for program, *words in shell_commands():
-        if program == "make":
-            assert {word for word in words if "=" not in word} <= set(targets), words
-            continue
-        if not words or words[-1] in ("--help", "--version"):
-            continue
-        config = mini_ddpm_cli.parse(words)
-        shipped = words[0] == "sample" and (mini_ddpm.PRETRAINED / mini_ddpm_cli.pipeline_to_sample(config)).is_dir()
-        if shipped and config.out.suffix not in drawn:
-            drawn.add(config.out.suffix)
-            steps = min(config.num_inference_steps or 3, 3)
-            mini_ddpm_cli.sample(dataclasses.replace(config, num_images=2, num_inference_steps=steps))
-            assert config.out.exists()
+def table_after(text: str, head: str) -> list[dict[str, str]]:
+    """The rows of the Markdown table whose head line starts with `head`, as cells by column."""
+    lines = text[text.index(head) :].partition("\n\n")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-def test_figures_in_the_readme_are_those_measured():
+def test_figures_of_the_weights_are_those_measured():
     """One source, `model_card/NAME/evaluation.json`, which `make evaluation` writes: all other places say the same."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    # The table of results, and no other, has a column for each of the weights that its head names.
-    (head,) = re.findall(
-        r"^\| \| `mnist-class-conditional` \| guided \| `mnist` \| real digits \|$", readme, re.MULTILINE
-    )
-    table = {}
-    for line in readme[readme.index(head) :].partition("\n\n")[0].splitlines():
-        title, *cells = (cell.strip().replace(" %", "%") for cell in line.strip("|").split("|"))
-        assert len(cells) == 4, line
-        table[title] = cells
-    names = [cell.strip("`") for cell in table[""][:3]]
-    assert names[1] == "guided"
-    names[1] = names[0]
-    assert {*names, "mnist-distilled"} == {path.name for path in mini_ddpm.PRETRAINED.iterdir()}
-    for column, name in enumerate(names):
-        folder = ROOT / "model_card" / name
-        rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        assert rows == json.loads((mini_ddpm.PRETRAINED / name / "evaluation.json").read_text(encoding="utf-8"))
-        assert (folder / "evaluation.md").read_text(encoding="utf-8") == markdown_table(rows)
-        floor, settings = rows[0], table["Steps, eta, guidance"][column]
-
-        def read(row):
-            guidance = f"{row['guidance_scale']:g}" if "guidance_scale" in row else "–"
-            guidance += " from {:g} to {:g}".format(*row["guidance_interval"]) if "guidance_interval" in row else ""
-            return f"{row['num_inference_steps']}, {row['eta']:g}, {guidance}"
-
-        (drawn,) = (row for row in rows[1:] if read(row) == settings)
-        for key in ("fid", "precision", "recall", "coverage", "class_accuracy", "memorization"):
+    measured = {}
+    for folder in mini_ddpm.PRETRAINED.iterdir():
+        name, card = folder.name, ROOT / "model_card" / folder.name
+        rows = json.loads((card / "evaluation.json").read_text(encoding="utf-8"))
+        assert rows == json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        assert (card / "evaluation.md").read_text(encoding="utf-8") == markdown_table(rows)
+        for row in rows[1:]:
+            measured[f"`{name}`", f"{row['num_inference_steps']} steps{sampling_options(row)}"] = row, rows[0]
+    check_protocol([row for pair in measured.values() for row in pair])  # they share one table
+    weights = table_after(page("docs/weights.md"), "| Weights | Sampling |")
+    assert {(row["Weights"], row["Sampling"]) for row in weights[:-1]} == set(measured)
+    assert weights[-1]["Weights"] == "real digits"
+    for shown in weights:
+        row, floor = measured.get((shown["Weights"], shown["Sampling"]), (None, None))
+        row = row or next(floor for row, floor in measured.values() if "class_accuracy" in row)
+        for key in ("fid", "kid", "precision", "recall", "coverage", "class_accuracy", "memorization"):
             title, reading = COLUMNS[key]
-            for row, cell in ((drawn, table[title][column]), (floor, table[title][-1])):
-                if key in row:
-                    assert cell == reading.format(row[key]), (name, title)
+            assert shown[title].replace(" %", "%") == (reading.format(row[key]) if key in row else ""), (shown, title)
+    for name in ("README.md", "README.zh-CN.md"):
+        text = page(name)
+        head = re.search(r"^\| (Weights|权重) \|.*$", text, flags=re.MULTILINE)
+        assert head is not None
+        shown_rows = [list(row.values()) for row in table_after(text, head[0])]
+        assert len(shown_rows) == 5
+        for weights_name, steps, fid, floor_fid, accuracy, seconds in shown_rows:
+            row, floor = measured[weights_name, re.sub("步", "steps", steps)]
+            assert (fid, floor_fid) == (f"{row['fid']:.2f}", f"{floor['fid']:.2f}")
+            assert accuracy.replace(" %", "%") == (f"{row['class_accuracy']:.2%}" if "class_accuracy" in row else "")
+            assert seconds == (f"{row['seconds_per_image']:.2g}" if "seconds_per_image" in row else "–")
 
 
-def test_the_table_of_distillation_in_the_readme_is_that_of_its_run(benchmark):
-    """`python benchmarks/quality.py distillation` writes the table; what README shows is rows of it."""
+def test_the_table_of_distillation_is_that_of_its_run(benchmark):
+    """`python benchmarks/quality.py distillation` writes the table; what the page shows is rows of it."""
     file = ROOT / "benchmarks" / "results" / "distillation.json"
     rows = json.loads(file.read_text(encoding="utf-8"))
     table = benchmark("quality").table(rows)
     assert file.with_suffix(".md").read_text(encoding="utf-8") == table
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    shown = readme[readme.index(table.splitlines()[0]) :]
+    lines = page("docs/distillation.md").splitlines()
+    shown = lines[lines.index(table.splitlines()[0]) :]
     shown = shown[: shown.index("")]
     assert set(shown) <= set(table.splitlines()) and len(shown) > 8
     for row in (row for row in rows if row["images"] == "generated"):
@@ -325,16 +298,11 @@ def test_the_table_of_distillation_in_the_readme_is_that_of_its_run(benchmark):
         assert shipped["fid"] == pytest.approx(ours["fid"], rel=0.01)  # it ships in half precision
 
 
-def test_documents_show_the_commands():
-    programs = {Path(words[0]).name: words[1:] for words in shell_commands()}
-    assert {"mini-ddpm", "make"} <= set(programs)
-
-
-def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
+def test_the_table_of_samplers_is_that_of_its_run():
     rows = json.loads((ROOT / "benchmarks" / "results" / "samplers.json").read_text(encoding="utf-8"))
     check_protocol(rows)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme[readme.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
+    text = page("docs/evaluation.md")
+    shown = text[text.index("| FID of 1,000 |") :].split("\n\n")[0].splitlines()
     steps = [int(cell.split()[0].replace(",", "")) for cell in shown[0].strip("|").split("|")[1:]]
     measured = {}
     for row in rows:
@@ -351,27 +319,26 @@ def test_the_table_of_samplers_in_the_readme_is_that_of_its_run():
     assert not measured
 
 
-@pytest.mark.parametrize("name", ["ablation", "tutorial"])
-def test_the_tables_of_trainings_in_the_readme_are_those_of_their_runs(benchmark, name):
+@pytest.mark.parametrize(("name", "document"), [("ablation", "training"), ("tutorial", "tutorial")])
+def test_the_tables_of_trainings_are_those_of_their_runs(benchmark, name, document):
     quality = benchmark("quality")
     file = ROOT / "benchmarks" / "results" / f"{name}.json"
     rows = json.loads(file.read_text(encoding="utf-8"))
     table = quality.table(rows)
     assert file.with_suffix(".md").read_text(encoding="utf-8") == table
     assert {row["variant"] for row in rows} <= set(getattr(quality, name.upper()))
-    assert table.split("\n\n")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.split("\n\n")[0] in page(f"docs/{document}.md")
 
 
-def test_the_table_of_speed_in_the_readme_is_that_of_its_run(benchmark):
-    """`python benchmarks/speed.py` writes the JSON; README shows its summary and some of its ratios."""
+def test_the_table_of_speed_is_that_of_its_run(benchmark):
+    """`python benchmarks/speed.py` writes the JSON; the page shows its summary and some of its ratios."""
     speed = benchmark("speed")
     results = ROOT / "benchmarks" / "results"
     result = json.loads((results / "speed.json").read_text(encoding="utf-8"))
     assert (results / "speed.md").read_text(encoding="utf-8") == speed.table(result)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert speed.summary(result["rows"]) in readme
+    assert speed.summary(result["rows"]) in page("docs/speed.md")
     rows = {row["row"]: row["values"] for row in result["rows"]}
-    text = " ".join(readme.split())
+    text = " ".join(page("docs/speed.md").split())
     for row, name, base in (
         ("draw, 50 steps, 64 images", "diffusers", "mini-ddpm"),
         ("draw, 50 steps, 64 images", "diffusers", "mini-ddpm, bf16"),

@@ -116,7 +116,7 @@ def test_card_shows_the_facts_of_its_folder(run_folder):
         "accuracy": 0.985,
     }
     assert sections(card) == [
-        "How to use", "Training data", "Training procedure", "Evaluation", "Limitations", "Licence", "Citation",
+        "How to use", "Evaluation", "Limitations", "The model", "Training", "Licence", "Citation",
     ]  # fmt: skip
     for text in (
         "# digits\n",
@@ -131,10 +131,11 @@ def test_card_shows_the_facts_of_its_folder(run_folder):
         "mini-ddpm sample user/digits",
         "20 steps of AdamW with a batch size of 64, 2 epochs, 1,280 images seen, in 2 minutes.",
         "Final training loss: 0.0625",
-        "| 3.25 | 1,000 images, 20 steps, MiniDDIMScheduler, fp32, against 10,000 real images,",
-        "Inception (2015) in bf16; real images score 1.50 |",
-        "| 98.50% | 1,000 images, 20 steps, MiniDDIMScheduler, fp32,",
-        "judged by a classifier; real images score 99.50% |",
+        "Training data: [ylecun/mnist](https://huggingface.co/datasets/ylecun/mnist), split `train`.",
+        "| Sampling | KID | FID | Class accuracy |\n|---|--:|--:|--:|\n| ylecun/mnist: 50 steps | 0.5 |  |  |\n"
+        "| ylecun/mnist, split test: 1,000 images, 20 steps, MiniDDIMScheduler, fp32 |  | 3.25 | 98.50% |\n\n",
+        "- FID: distance to 10,000 real images, Inception (2015) in bf16; other real images score 1.50\n",
+        "- Class accuracy: share of images in which a classifier sees the right class; real images score 99.50%\n",
         "zero, one, two",
         "2207.12598",
     ):
@@ -146,21 +147,26 @@ def test_card_shows_the_facts_of_its_folder(run_folder):
 def test_card_without_facts_is_short(tiny_unet, tmp_path):
     MiniDDPMPipeline(tiny_unet(num_class_embeds=None), MiniDDPMScheduler()).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert sections(card) == ["How to use", "Limitations", "Licence", "Citation"]
+    assert sections(card) == ["How to use", "Limitations", "The model", "Licence", "Citation"]
     assert PLACEHOLDER not in card and "None" not in card and "\n\n\n" not in card
     assert ModelCard(card).data.datasets is None and "model-index" not in card and "![" not in card
     assert not (tmp_path / "facts.json").exists()
 
 
-def test_python_in_the_card_runs(run_folder, tmp_path):
+def test_python_in_the_card_runs(run_folder, tmp_path, monkeypatch):
     """The code for readers who have the package, as the card of a folder spells it."""
     with staged_pipeline(run_folder) as folder:
         card = render_card(read_facts(folder)).replace("path/to/this/folder", str(folder))
         first, second = re.findall(r"```python\n(.*?)```", card, flags=re.S)
         names = {}
+        monkeypatch.chdir(tmp_path)
         exec(first, names)
-        assert len(names["images"]) == 2 and type(names["unet"]) is mini_ddpm.MiniUNet2DModel
+        with Image.open("image.png") as image:
+            assert len(names["images"]) == 2 and image.size == (8, 8)
         compile(second, "card", "exec")
+        others = re.findall(r"^- `(.*\.from_pretrained\(.*\))`", card, flags=re.M)
+        opened = [eval(code, {"mini_ddpm": mini_ddpm, "diffusers": diffusers}) for code in others]
+        assert [type(part) for part in opened] == [type(names["pipe"])] * 2 + [mini_ddpm.MiniUNet2DModel]
 
 
 def test_facts_are_copied_with_the_same_weights_only(run_folder, tmp_path):
@@ -222,7 +228,8 @@ def test_card_of_a_distilled_pipeline(run_folder):
     facts |= {"description": "Digits in colour.", "license": "mit", "limitations": ["No letters."]}
     card = render_card(facts)
     for text in (
-        "Digits in colour.\n\nClass-conditional diffusion model of colour images of 12×8 pixels",
+        "Digits in colour.\n\nA class-conditional diffusion model of colour images of 12×8 pixels, for",
+        "Made with mini-ddpm. It is distilled: an image takes 4 steps.\n",
         "| Distilled | steps per image: 4, with one network evaluation each; guidance is distilled into the weights,",
         'load_pipeline("path/to/this/folder")',
         "pipe([0, 1]).images",
@@ -250,15 +257,35 @@ def test_card_cites_progressive_distillation_for_either_reason(run_folder):
 def test_dataset_of_an_evaluation(run_folder):
     """A record without a dataset is of the training dataset. Without that, the metadata leave it out."""
     facts = read_facts(run_folder) | {"evaluation": [{"metric": "kid", "value": 1.5}]}
-    for training, expected, line in (
-        ({"dataset": "user/data"}, ["user/data"], "| kid on user/data | 1.5 |  |"),
-        ({}, [], "| kid | 1.5 |  |"),
-    ):
+    for training, expected in (({"dataset": "user/data"}, ["user/data"]), ({}, [])):
         card = render_card(facts | {"training": training})
-        assert [result.dataset_type for result in ModelCard(card).data.eval_results or []] == expected and line in card
+        assert [result.dataset_type for result in ModelCard(card).data.eval_results or []] == expected
+        assert "| Sampling | kid |\n|---|--:|\n|  | 1.5 |\n" in card
+        assert ("Compared with user/data.\n" in card) is bool(expected) and "Compared with None" not in card
     facts["evaluation"][0]["dataset"] = "user/other"
     card = render_card(facts | {"training": {"dataset": "user/data"}})
-    assert "| kid on user/other |" in card and ModelCard(card).data.datasets == ["user/data", "user/other"]
+    assert "Compared with user/other.\n" in card and ModelCard(card).data.datasets == ["user/data", "user/other"]
+
+
+def test_the_table_of_figures_has_a_row_for_each_way_of_sampling(run_folder):
+    """What all rows share stands above, what a figure means below. No record is lost, whatever the records are."""
+    few = {"metric": "fid", "name": "FID", "value": 9.5, "num_images": 100, "num_inference_steps": 4, "note": "one"}
+    records = [few, few | {"num_inference_steps": 8, "value": 8.5}, few | {"metric": "kid", "name": "KID", "value": 2}]
+
+    def table(records):
+        card = render_card(read_facts(run_folder) | {"evaluation": records})
+        return (
+            card.partition("## Evaluation\n\n")[2].partition("\n\n## ")[0].replace("Compared with ylecun/mnist. ", "")
+        )
+
+    head, rule = "| Sampling | FID | KID |\n", "|---|--:|--:|\n"
+    notes = "\n\n- FID: one\n- KID: one"
+    rows = "| 4 steps | 9.5 | 2 |\n| 8 steps | 8.5 |  |"
+    assert table(records) == f"In all rows: 100 images.\n\n{head}{rule}{rows}{notes}"
+    # The same metric twice for one way of sampling, and two notes for one metric.
+    records.append(few | {"value": 7.5, "note": "two"})
+    notes = "\n\n- FID (100 images, 4 steps): one\n- FID (100 images, 4 steps): two\n- KID: one"
+    assert table(records) == f"In all rows: 100 images.\n\n{head}{rule}{rows}\n| 4 steps | 7.5 |  |{notes}"
 
 
 def test_facts_of_the_weights(run_folder, tmp_path):
@@ -597,6 +624,8 @@ UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", 
         (SCHEDULER, "_use_default_values", [1, [1], None, "x"]),
         (INDEX, "default_num_inference_steps", [0, -4, 4.0, "4", True, 10**12, 1001, NAN]),
         (INDEX, "default_guidance_scale", [0, -1, NAN, float("inf"), "1", True, 1e9]),
+        (INDEX, "default_eta", [-0.1, 2, NAN, "1", True]),
+        (INDEX, "default_guidance_interval", [0.5, [0.5], [0.6, 0.4], [0, 2], [0, "1"], ["a", "b"], "01"]),
         (INDEX, "black_level", [-1, 256, 1.0, "0", True, 255]),
         (INDEX, "white_level", [0, 256, 253.0, NAN]),
         (INDEX, "id2label", [[], 1, {"a": "x"}, {"1.0": "x"}, {"-1": "x"}, {"0": 1}, {"0": None}, {"99": "x"}, "x"]),

@@ -59,6 +59,7 @@ LEGAL = {
     "model_index.json": {
         "default_num_inference_steps": lambda v: v is None or is_number(1, 1000, int)(v),
         "default_guidance_scale": lambda v: v is None or is_number(1e-6, 1e3)(v),
+        "default_eta": lambda v: v is None or is_number(0, 1)(v),
         "black_level": lambda v: v is None or is_number(0, 254, int)(v),
         "white_level": lambda v: v is None or is_number(1, 255, int)(v),
         "id2label": lambda v: v is None or all(k.isdigit() and isinstance(n, str) for k, n in v.items()),

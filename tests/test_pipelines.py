@@ -26,6 +26,7 @@ from mini_ddpm import (
     MiniDDPMScheduler,
     load_pipeline,
 )
+from mini_ddpm.options import resolve_guidance
 from mini_ddpm.pipelines.pipeline_base import default_steps, predict_x0
 
 DIGITS = dict(enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
@@ -233,7 +234,7 @@ def test_guidance_in_an_interval(labelled, interval, guided):
 
 
 @pytest.mark.parametrize(
-    "interval", [(0.6, 0.4), (0.5, 0.5), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.5,), "ab", 0.5, None]
+    "interval", [(0.6, 0.4), (0.5, 0.5), (-0.1, 1), (0, 1.1), (float("nan"), 1), (0.5,), "ab", 0.5]
 )
 def test_bad_guidance_interval(labelled, interval):
     with pytest.raises(ValueError, match="`guidance_interval` must be two numbers with 0 <= start < end <= 1"):
@@ -479,6 +480,39 @@ def test_a_pipeline_can_bring_its_defaults(tiny_unet, tmp_path):
     for bad in (0, -1, True, "4", float("nan")):
         with pytest.raises(ValueError, match=r"`default_num_inference_steps` must be a number above 0, but is"):
             MiniDDPMPipeline(plain.unet, scheduler, default_num_inference_steps=bad)
+
+
+def test_a_pipeline_can_bring_its_noise_and_its_guidance_interval(tiny_unet, tmp_path):
+    """A call without arguments is the call with the defaults of the configuration, also after saving and loading."""
+
+    def draw(pipe, **options):
+        return quiet(pipe)([1, 0], generator=[0, 1], output_type="pt", **options).images
+
+    plain = MiniDDPMClassConditionalPipeline(tiny_unet(), MiniDDIMScheduler())
+    own = MiniDDPMClassConditionalPipeline(
+        plain.unet, plain.scheduler, default_eta=0.5, default_guidance_scale=2.0, default_guidance_interval=(0.2, 0.6)
+    )
+    own.save_pretrained(tmp_path)
+    loaded = MiniDDPMClassConditionalPipeline.from_pretrained(tmp_path)
+    wanted = draw(plain, eta=0.5, guidance_scale=2.0, guidance_interval=(0.2, 0.6))
+    assert plain.num_guided_timesteps == 8
+    for pipe in (own, loaded):
+        assert torch.equal(draw(pipe), wanted)
+        assert torch.equal(draw(pipe, eta=0, guidance_interval=(0, 1)), draw(plain, guidance_scale=2.0))
+        # With another number of steps the noise that suits the pipeline's own number does not fit.
+        few = {"num_inference_steps": 5, "guidance_interval": (0, 1)}
+        assert torch.equal(draw(pipe, **few), draw(plain, **few, guidance_scale=2.0))
+    assert not torch.equal(draw(plain), wanted)
+    assert resolve_guidance(loaded, "x") == {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.6)}
+    unconditional = MiniDDPMPipeline(tiny_unet(num_class_embeds=None), plain.scheduler, default_eta=1)
+    drawn = [quiet(unconditional)(2, **options, generator=0, output_type="pt").images for options in ({}, {"eta": 1})]
+    assert torch.equal(*drawn)
+    for bad in (-0.1, True, "1", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"`default_eta` must be a number of at least 0, but is"):
+            MiniDDPMPipeline(plain.unet, plain.scheduler, default_eta=bad)
+    for bad in (0.5, (0.5, 0.5), (0.6, 0.4), (0, 2), "01"):
+        with pytest.raises(ValueError, match=r"`default_guidance_interval` must be two numbers with"):
+            MiniDDPMClassConditionalPipeline(plain.unet, plain.scheduler, default_guidance_interval=bad)
 
 
 # ---- Other arguments ------------------------------------------------------------------------------------------------

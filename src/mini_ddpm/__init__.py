@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mini_ddpm.training.loss import compute_loss
     from mini_ddpm.training.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names that are imported on first use, by module.
 _LAZY = {

@@ -405,6 +405,7 @@ def as_image_dataset(
 
     Args:
         data: One of these:
+
             - an `ImageDataset`, which is returned as it is;
             - images, or a tuple of images and class labels, as [`ImageDataset.from_tensors`] takes them;
             - a `datasets.Dataset`, with columns as in [`image_dataset`];

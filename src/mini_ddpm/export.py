@@ -88,9 +88,10 @@ def export_sampler(
     Args:
         pipe: A pipeline of this package with a `MiniDDIMScheduler`, in float32 on the CPU. It is sampled with eta 0.
         path: The file to write: `.onnx` for onnxruntime, or `.pt2` for `torch.export.load`.
-        num_inference_steps: Number of steps. Default: a distilled pipeline's own, else 20.
+        num_inference_steps: Number of steps. Default: the pipeline's own, else 20.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own.
-        guidance_interval: Guide only between these two shares of the steps. Default: every step.
+        guidance_interval: Guide only between these two shares of the steps. Default: the pipeline's own, else
+            every step.
         dtype: Precision in which an ONNX file stores the weights. It computes in float32 either way, so weights that
             were float16 before lose nothing.
         unet_only: Whether to export the network alone, for a denoising loop of your own.
@@ -206,7 +207,8 @@ class _Sampler(torch.nn.Module):
     ) -> None:
         super().__init__()
         steps = default_steps(pipe) if steps is None else steps
-        self.options = resolve_guidance(pipe, type(pipe).__name__, scale, interval) | {"num_inference_steps": steps}
+        guidance = resolve_guidance(pipe, type(pipe).__name__, scale, interval)
+        self.options = guidance | {"num_inference_steps": steps, "eta": 0.0}
         self.network = _Network(pipe.unet)
         self.null_label = (pipe.unet.config.get("num_class_embeds") or 1) - 1
         self.scale: float = self.options.get("guidance_scale", 1.0)
@@ -287,7 +289,7 @@ def _metadata(pipe: Any, sampler: _Sampler | None, dtype: str) -> dict[str, str]
     if classes := pipe.unet.config.get("num_class_embeds"):
         values |= {"null_label": classes - 1}
     if sampler is not None:
-        values |= {"scheduler": type(pipe.scheduler).__name__, "eta": 0, **sampler.options}
+        values |= {"scheduler": type(pipe.scheduler).__name__, **sampler.options}
         values |= {"timesteps": sampler.timesteps}
     else:
         values["alphas_cumprod"] = [float(f"{a:.9g}") for a in pipe.scheduler.alphas_cumprod.tolist()]

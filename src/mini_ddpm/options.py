@@ -21,6 +21,7 @@ import diffusers
 import numpy as np
 import torch
 
+from .pipelines.pipeline_base import default_eta as default_eta
 from .pipelines.pipeline_base import default_steps as default_steps
 
 MAX_SEED = 2**62  # image i is drawn from seed + i, which must be below 2**63
@@ -134,7 +135,7 @@ def resolve_guidance(
         pipe: The pipeline.
         name: Its name in an error message.
         scale: The guidance scale. `None`: the pipeline's default.
-        interval: The guidance interval, two shares of the steps. `None`: every step.
+        interval: The guidance interval, two shares of the steps. `None`: the pipeline's default.
 
     Raises:
         ValueError: Guidance was given to an unconditional pipeline, or the scale or the interval is invalid.
@@ -148,10 +149,18 @@ def resolve_guidance(
             if value is not None:
                 raise ValueError(f"{key}={value}: {name} is unconditional and takes no guidance. Omit it.")
         return {}
-    options: dict[str, Any] = {
-        "guidance_scale": float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
-    }
-    return options | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
+    scale = float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
+    if interval is None and scale > 1:
+        interval = tuple(pipe.config.get("default_guidance_interval", (0.0, 1.0)))
+    return {"guidance_scale": scale} | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
+
+
+def distilled_steps(pipe: Any) -> int | None:
+    """Return the number of steps that a pipeline was distilled to, `None` if it was not.
+
+    A pipeline that draws with noise in its own number of steps is no student: those are deterministic.
+    """
+    return None if pipe.config.get("default_eta") else pipe.config.get("default_num_inference_steps")
 
 
 def resolve_labels(

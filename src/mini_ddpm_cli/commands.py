@@ -103,11 +103,12 @@ class ExportConfig:
     revision: str | None = None
     """Branch, tag, commit or refs/pr/N of a Hub repository. Default: main."""
     num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
-    """Denoising steps. Default: a distilled pipeline's own step count, else 20."""
+    """Denoising steps. Default: the pipeline's own, else 20."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: every step."""
+    """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: the pipeline's
+    own, else every step."""
     scheduler: Annotated[Literal["ddim"] | None, tyro.conf.arg(metavar="ddim")] = None
     """Sample with DDIM, whatever the pipeline's own sampler is. Others add noise, and cannot be exported."""
     dtype: Literal["fp32", "fp16"] = "fp32"

@@ -41,14 +41,15 @@ class SampleConfig:
     (16)."""
 
     num_inference_steps: Annotated[int | None, tyro.conf.arg(aliases=["--steps"])] = None
-    """Denoising steps. Default: a distilled pipeline's own step count, else 20."""
+    """Denoising steps. Default: the pipeline's own, else 20."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only between these two shares of the steps, e.g. 0.35 0.6; 0 is noise, 1 is the image. Default: every
-    step."""
-    eta: float = 0.0
-    """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM."""
+    """Guide only between these two shares of the steps, e.g. 0.35 0.6; 0 is noise, 1 is the image. Default: the
+    pipeline's own, else every step."""
+    eta: float | None = None
+    """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM. Default: the pipeline's own if
+    --steps is not given, else 0."""
     scheduler: Annotated[str | None, tyro.conf.arg(metavar="ddpm|ddim|dpmsolver++|unipc|euler|euler-ancestral")] = None
     """Sampler. Default: the pipeline's own."""
     seed: int = 0
@@ -74,10 +75,11 @@ class SampleConfig:
 
 def pipeline_to_sample(config: SampleConfig) -> str:
     """Return the pipeline to draw with. The distilled model only works with its own sampler settings."""
-    settings = (config.num_inference_steps, config.scheduler, config.guidance_scale, config.guidance_interval)
+    guidance = config.guidance_scale, config.guidance_interval
+    settings = (config.num_inference_steps, config.scheduler, *guidance, config.eta)
     if config.pipeline is not None:
         return config.pipeline
-    if any(value is not None for value in settings) or config.eta or config.out.suffix.lower() in _FILM_SUFFIXES:
+    if any(value is not None for value in settings) or config.out.suffix.lower() in _FILM_SUFFIXES:
         return "mnist-class-conditional"
     return "mnist-distilled"
 
@@ -124,7 +126,8 @@ def sample(config: SampleConfig) -> None:
         labels, names, columns = choices.resolve_labels(pipe, config.class_labels, config.num_images, rows)
         count = len(labels) if labels else config.num_images or (16 if is_film else 64)
         steps = choices.default_steps(pipe) if config.num_inference_steps is None else config.num_inference_steps
-        options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta}
+        eta = choices.default_eta(pipe, config.num_inference_steps) if config.eta is None else config.eta
+        options: dict[str, Any] = {"num_inference_steps": steps, "eta": eta}
         options |= choices.resolve_guidance(pipe, name, config.guidance_scale, config.guidance_interval)
 
         if config.torch_compile:

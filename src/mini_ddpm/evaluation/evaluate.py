@@ -40,6 +40,7 @@ from ..options import (
     DTYPES,
     MAX_SEED,
     check_fields,
+    default_eta,
     default_steps,
     device_name,
     find_device,
@@ -108,16 +109,17 @@ class EvaluateConfig:
     num_images: int = 10_000
     """Number of images to draw. FID depends on it: compare only figures for the same number."""
     num_inference_steps: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--steps"])] = ()
-    """Denoising steps; every number is measured with every scheduler. Default: a distilled pipeline's own step count,
-    else 20."""
+    """Denoising steps; every number is measured with every scheduler. Default: the pipeline's own, else 20."""
     schedulers: tuple[str, ...] = ()
     """Samplers, named as in `mini-ddpm sample --scheduler`. Default: the pipeline's own."""
     guidance_scale: float | None = None
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: every step."""
-    eta: float = 0.0
-    """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM."""
+    """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: the pipeline's
+    own, else every step."""
+    eta: float | None = None
+    """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM. Default: the pipeline's own if
+    --steps is not given, else 0."""
     seed: int = 0
     """Image i is drawn from seed + i."""
     samples: Path | None = None
@@ -197,6 +199,7 @@ def evaluate(config: EvaluateConfig, *, shared: bool = False) -> list[dict[str, 
             f"{config.pipeline}."
         )
     guidance = resolve_guidance(pipe, config.pipeline, config.guidance_scale, config.guidance_interval)
+    eta = default_eta(pipe, next(iter(config.num_inference_steps), None)) if config.eta is None else config.eta
     weights = weights_hash(pipe)
     samples = read_samples(config.samples, config.num_images) if config.samples is not None else None
     if samples is not None:
@@ -287,7 +290,7 @@ def evaluate(config: EvaluateConfig, *, shared: bool = False) -> list[dict[str, 
     for scheduler in schedulers:
         for steps in step_counts:
             pipe.scheduler = scheduler
-            options: dict[str, Any] = {"num_inference_steps": steps, "eta": config.eta, **guidance}
+            options: dict[str, Any] = {"num_inference_steps": steps, "eta": eta, **guidance}
             title = f"{steps} steps of {type(scheduler).__name__}"
             work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": SHARD_SIZE, "seed": config.seed}
             work |= {"labels": None if labels is None else labels.tolist(), "folder": cache_folder() / "samples"}

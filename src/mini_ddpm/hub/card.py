@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from ..files import atomic_write, write_text
 from ..pipelines.portable import CARD
 from .errors import HTTPError
-from .facts import model_facts, protocol_text, read_facts
+from .facts import PROTOCOL_TEXTS, model_facts, protocol_text, read_facts
 from .load import weights_by_variant
 
 _TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -68,7 +68,16 @@ def render_card(facts: dict[str, Any]) -> str:
     )
     size = model.get("sample_size")
     height, width = size if isinstance(size, list) else (size, size)
-    context = facts | {"name": name, "training": training, "evaluation": evaluation, "papers": papers}
+    context = facts | {
+        "name": name,
+        "training": training,
+        "papers": papers,
+        "evaluation": _evaluation_table(evaluation),
+        "distilled": _is_distilled(model),
+        "sampling": protocol_text(
+            {key: model[f"default_{key}"] for key in PROTOCOL_TEXTS if f"default_{key}" in model}
+        ),
+    }
     context |= {"size": f"{width}×{height}" if size else None}
 
     import jinja2
@@ -175,6 +184,11 @@ def _write_facts(facts: dict[str, Any], source: Path, target: Path) -> dict[str,
     return facts
 
 
+def _is_distilled(model: dict[str, Any]) -> bool:
+    """Return whether a model is a student of few steps. Those are deterministic."""
+    return "default_num_inference_steps" in model and not model.get("default_eta")
+
+
 def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
     """Return the papers whose methods a model uses: arXiv number and title."""
     papers = {"2006.11239": "Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020"}
@@ -182,7 +196,7 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
         papers["2010.02502"] = "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"
     if model.get("beta_schedule") == "squaredcos_cap_v2":
         papers["2102.09672"] = "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021"
-    if model.get("prediction_type") == "v_prediction" or "default_num_inference_steps" in model:
+    if model.get("prediction_type") == "v_prediction" or _is_distilled(model):
         papers["2202.00512"] = "Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022"
     if "num_class_embeds" in model:
         papers["2207.12598"] = "Ho, Salimans: Classifier-Free Diffusion Guidance, 2022"
@@ -202,6 +216,47 @@ def _evaluation_row(record: dict[str, Any], training_dataset: str | None) -> dic
         "text": f"{record['value']:.2%}" if is_share else f"{record['value']:.4g}",
         "dataset": record.get("dataset") or training_dataset,
         "protocol": protocol_text(record),
+    }
+
+
+def _evaluation_table(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the card's table of figures: a row for each way of sampling and a column for each metric.
+
+    `data` and `shared` are what all rows have in common; they stand above the table. `notes` stand below it.
+    """
+    columns = list(dict.fromkeys((record["metric"], record["name"]) for record in records))
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, dict[str, str]] = {}  # by metric: the row that a note belongs to, by note
+    for record in records:
+        column = columns.index((record["metric"], record["name"]))
+        data = ", split ".join(filter(None, (record["dataset"], record.get("split"))))
+        settings = {key: record[key] for key in PROTOCOL_TEXTS if key != "note" and key in record}
+        row = next((row for row in rows if (row["data"], row["settings"]) == (data, settings)), None)
+        if row is None or row["cells"][column]:
+            row = {"data": data, "settings": settings, "cells": [""] * len(columns)}
+            rows.append(row)
+        row["cells"][column] = record["text"]
+        if note := record.get("note"):
+            notes.setdefault(record["name"], {}).setdefault(note, protocol_text(settings))
+    data = rows[0]["data"] if len({row["data"] for row in rows}) == 1 else ""
+    shared = {
+        key: value
+        for key, value in (rows[0]["settings"].items() if len(rows) > 1 else ())
+        if all(row["settings"].get(key) == value for row in rows)
+    }
+    for row in rows:
+        own = protocol_text({key: value for key, value in row["settings"].items() if key not in shared})
+        row["label"] = ": ".join(filter(None, (row["data"] if not data else "", own)))
+    return {
+        "data": data,
+        "shared": protocol_text(shared),
+        "columns": [name for _, name in columns],
+        "rows": rows,
+        "notes": [
+            (name if len(texts) == 1 else f"{name} ({row})", text)
+            for name, texts in notes.items()
+            for text, row in texts.items()
+        ],
     }
 
 

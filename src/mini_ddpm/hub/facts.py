@@ -227,13 +227,14 @@ def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[
         return []
     protocol = row["protocol"]
     network = f"{protocol['feature_extractor']} in {protocol['feature_dtype']}"
-    distance = f"against {protocol['reference_images']:,} real images, {network}; real images score "
-    nearest = "closer to a training image than any other training image is; unseen real images score "
+    distance = f"distance to {protocol['reference_images']:,} real images, {network}; other real images score "
+    nearest = "share of images closer to a training image than that one is to any other; unseen real images score "
+    accuracy = "share of images in which a classifier sees the right class; real images score "
     records = []
     for key, metric, name, note, number in (
         ("fid", "fid", "FID", distance, "{:.2f}"),
         ("frechet_distance", "frechet_distance", "Fréchet distance", distance, "{:.4g}"),
-        ("class_accuracy", "accuracy", "Class accuracy", "judged by a classifier; real images score ", "{:.2%}"),
+        ("class_accuracy", "accuracy", "Class accuracy", accuracy, "{:.2%}"),
         ("memorization", "memorization", "Memorization", nearest, "{:.1%}"),
     ):
         if key in row:

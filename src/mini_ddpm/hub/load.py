@@ -25,6 +25,7 @@ from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from safetensors import SafetensorError, safe_open
 
 from ..models.unet_mini import CONFIG_BOUNDS, MAX_LEVELS
+from ..pipelines.pipeline_base import check_interval
 from ..pipelines.portable import CHECKSUMS, sha256
 from ..schedulers.scheduling_base import MAX_TRAIN_TIMESTEPS
 from .download import download, remove_corrupt_files
@@ -52,7 +53,9 @@ _BOUNDS = CONFIG_BOUNDS | {
     "clip_sample_range": (1e-3, 1_000),
     "sample_max_value": (1e-3, 1_000),
     "default_num_inference_steps": (1, MAX_TRAIN_TIMESTEPS),
+    "default_eta": (0, 1),
     "default_guidance_scale": (1e-6, 1_000),
+    "default_guidance_interval": (0, 1),
     "black_level": (0, 255),
     "white_level": (0, 255),
 }
@@ -412,6 +415,11 @@ def _check_pipeline(index_file: Path, index: dict[str, Any], configs: dict[str, 
     black, white = (index.get(key, default) for key, default in (("black_level", 0), ("white_level", 255)))
     if black is not None and white is not None and black >= white:
         raise ValueError(f"{index_file}: `black_level` must be below `white_level`, but they are {black} and {white}.")
+    if (interval := index.get("default_guidance_interval")) is not None:
+        try:
+            check_interval("default_guidance_interval", interval)
+        except ValueError as error:
+            raise ValueError(f"{index_file}: {error}") from error
     scheduler = configs.get("scheduler", {})
     total, betas = scheduler.get("num_train_timesteps"), scheduler.get("trained_betas")
     steps = index.get("default_num_inference_steps")

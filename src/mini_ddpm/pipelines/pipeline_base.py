@@ -21,15 +21,33 @@ from diffusers.utils import BaseOutput, make_image_grid, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 
-# The number of denoising steps of a call that gives none. A distilled pipeline has its own.
+# The number of denoising steps of a call that gives none, unless the pipeline has its own.
 DEFAULT_NUM_INFERENCE_STEPS = 20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def default_steps(pipe: Any) -> int:
-    """Return the number of steps of a call that gives none: a distilled pipeline's own, else 20, at most T."""
+    """Return the number of steps of a call that gives none: the pipeline's own, else 20, at most T."""
     steps = int(pipe.config.get("default_num_inference_steps", DEFAULT_NUM_INFERENCE_STEPS))
     return min(steps, int(pipe.scheduler.config.get("num_train_timesteps", steps)))
+
+
+def default_eta(pipe: Any, num_inference_steps: int | None) -> float:
+    """Return the η of a call that gives none: the pipeline's own if it gives no number of steps either, else 0."""
+    return float(pipe.config.get("default_eta", 0.0)) if num_inference_steps is None else 0.0
+
+
+def check_interval(name: str, interval: Any) -> tuple[float, float]:
+    """Return two shares of the steps, 0 <= start < end <= 1; else raise a `ValueError` that names the argument."""
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    start, end = interval if is_pair else (None, None)
+    numbers = (int, float, np.number)
+    if not (isinstance(start, numbers) and isinstance(end, numbers) and 0 <= start < end <= 1):
+        raise ValueError(
+            f"`{name}` must be two numbers with 0 <= start < end <= 1, but is {interval!r}. To turn guidance off, pass"
+            " guidance_scale=1."
+        )
+    return float(start), float(end)
 
 
 @dataclass
@@ -175,9 +193,15 @@ class DenoisingPipelineMixin:
         """Add the given defaults to the configuration. Other pipeline classes, which do not know them, get none."""
         for name, value in defaults.items():
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value < float("inf")
+                if name == "default_guidance_interval":
+                    value = list(check_interval(name, value))
+                elif name == "default_eta":
+                    if not (is_number and value >= 0):
+                        raise ValueError(f"`{name}` must be a number of at least 0, but is {value!r}.")
+                elif not (is_number and value > 0):
                     raise ValueError(f"`{name}` must be a number above 0, but is {value!r}.")
-                if name == "default_num_inference_steps" and value != int(value):
+                elif name == "default_num_inference_steps" and value != int(value):
                     raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
                 self.register_to_config(**{name: value})  # type: ignore[attr-defined]
 
@@ -195,9 +219,9 @@ class DenoisingPipelineMixin:
         of the call that all pipelines have, by name.
         """
         steps, output_type = options["num_inference_steps"], options["output_type"]
-        if steps is None:
-            steps = default_steps(self)
-        options = options | {"generator": seeded_generator(options["generator"])}
+        eta = default_eta(self, steps) if options["eta"] is None else options["eta"]
+        steps = default_steps(self) if steps is None else steps
+        options = options | {"eta": eta, "generator": seeded_generator(options["generator"])}
         self._check_inputs(options | {"batch_size": batch_size, "num_inference_steps": steps})
         latents = self._prepare_latents(batch_size, options)
         conditions = {name: tensor.to(latents.device) for name, tensor in conditions.items()}

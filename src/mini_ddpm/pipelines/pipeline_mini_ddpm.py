@@ -18,6 +18,7 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
             learned the variance too (`out_channels = 2 * in_channels`) works with every scheduler.
         scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
         default_num_inference_steps: Default number of steps; a distilled network's own step count.
+        default_eta: η of a call that gives neither η nor a number of steps, at least 0.
         black_level: The darkest level of the images, 0 to 255. Samples are clamped to it. Default: 0.
         white_level: The lightest level of the images; MNIST's is 253. Default: 255.
 
@@ -35,12 +36,13 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         default_num_inference_steps: int | None = None,
+        default_eta: float | None = None,
         black_level: int | None = None,
         white_level: int | None = None,
     ) -> None:
         super().__init__()
         self._register_levels(black_level, white_level)
-        self._register_defaults(default_num_inference_steps=default_num_inference_steps)
+        self._register_defaults(default_num_inference_steps=default_num_inference_steps, default_eta=default_eta)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
@@ -49,7 +51,7 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
         batch_size: int = 1,
         *unnamed: Never,
         num_inference_steps: int | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         use_clipped_model_output: bool = True,
         generator: int | torch.Generator | Sequence[int | torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -68,7 +70,8 @@ class MiniDDPMPipeline(DenoisingPipelineMixin, PortablePipelineMixin, DiffusionP
             batch_size: Number of images B, at least 1.
             num_inference_steps: Denoising steps, 1 to the scheduler's `num_train_timesteps`. Default:
                 `default_num_inference_steps` of the pipeline's configuration, else 20.
-            eta: DDIM's η: 0 is deterministic, 1 has the noise of DDPM. Schedulers without η ignore it.
+            eta: DDIM's η: 0 is deterministic, 1 has the noise of DDPM. Schedulers without η ignore it. Default:
+                0; if `num_inference_steps` is not given either, `default_eta` of the pipeline's configuration.
             use_clipped_model_output: Whether DDIM recomputes ε from x_t and the clipped x̂_0. diffusers' default keeps
                 the network's ε, which is inconsistent with a clipped x̂_0. The error accumulates over the steps, and
                 guided images drift off their class. Other schedulers ignore this argument.

@@ -7,7 +7,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
-from .pipeline_base import CallAttribute, DenoisingPipelineMixin, MiniDDPMPipelineOutput, refuse_unknown
+from .pipeline_base import (
+    CallAttribute,
+    DenoisingPipelineMixin,
+    MiniDDPMPipelineOutput,
+    check_interval,
+    refuse_unknown,
+)
 from .portable import PortablePipelineMixin
 
 
@@ -21,7 +27,9 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         scheduler: Any scheduler of a variance-preserving process: ours, or one of `scheduler.compatibles`.
         id2label: Class names by label. The string keys of JSON are accepted for integers.
         default_num_inference_steps: Default number of steps; a distilled network's own step count.
+        default_eta: η of a call that gives neither η nor a number of steps, at least 0.
         default_guidance_scale: Default guidance scale; 1 (no guidance) if guidance was distilled into the weights.
+        default_guidance_interval: Default guidance interval, two shares of the steps.
         black_level: The darkest level of the images, 0 to 255. Samples are clamped to it. Default: 0.
         white_level: The lightest level of the images; MNIST's is 253. Default: 255.
 
@@ -44,14 +52,19 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         scheduler: SchedulerMixin,
         id2label: dict[Any, Any] | None = None,
         default_num_inference_steps: int | None = None,
+        default_eta: float | None = None,
         default_guidance_scale: float | None = None,
+        default_guidance_interval: list[float] | tuple[float, float] | None = None,
         black_level: int | None = None,
         white_level: int | None = None,
     ) -> None:
         super().__init__()
         self._register_levels(black_level, white_level)
         self._register_defaults(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_eta=default_eta,
+            default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval,
         )
         if id2label is not None:
             is_dict = isinstance(id2label, dict)
@@ -86,9 +99,9 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         *unnamed: Never,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         use_clipped_model_output: bool = True,
         height: int | None = None,
         width: int | None = None,
@@ -110,7 +123,8 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
                 Default: `default_guidance_scale` of the pipeline's configuration, else 1.5.
             guidance_interval: Guide only the steps i of N with start <= i/N < end; 0 is noise, 1 the image. Early
                 guidance reduces variety and late guidance has no effect; in between it decides which class an image
-                becomes ([2404.07724](https://arxiv.org/abs/2404.07724)).
+                becomes ([2404.07724](https://arxiv.org/abs/2404.07724)). Default: `default_guidance_interval` of the
+                pipeline's configuration, else every step.
             generator: Makes the result repeatable: a seed, a `torch.Generator`, or a list with one of them per image.
 
         Returns:
@@ -129,17 +143,12 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         labels = self.get_label_ids(class_labels)
         if guidance_scale is None:
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
-        numbers = (int, float, np.number)
-        if not isinstance(guidance_scale, numbers) or not np.isfinite(guidance_scale):
+        if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
-        is_pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
-        start, end = guidance_interval if is_pair else (None, None)
-        if not (isinstance(start, numbers) and isinstance(end, numbers) and 0 <= start < end <= 1):
-            raise ValueError(
-                "`guidance_interval` must be two numbers with 0 <= start < end <= 1, but is"
-                f" {guidance_interval!r}. To turn guidance off, pass guidance_scale=1."
-            )
-        values = {"_guidance_scale": guidance_scale, "_guidance_interval": (start, end), "_num_guided_timesteps": 0}
+        if guidance_interval is None:
+            guidance_interval = self.config.get("default_guidance_interval", (0.0, 1.0))
+        interval = check_interval("guidance_interval", guidance_interval)
+        values = {"_guidance_scale": guidance_scale, "_guidance_interval": interval, "_num_guided_timesteps": 0}
         return self._draw(len(labels), {"class_labels": torch.tensor(labels)}, values, options)
 
     def get_label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:

@@ -32,7 +32,7 @@ import tyro
 
 from ..data import ImageDataset, as_image_dataset, image_dataset
 from ..hub.load import load_pipeline
-from ..options import check_fields, find_device, process_rank, resolve_guidance, resolve_precision
+from ..options import check_fields, distilled_steps, find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
 from .callbacks import TrainCallback
 from .checkpoints import checkpoint_step, list_checkpoints
@@ -65,7 +65,8 @@ class DistillConfig(RunConfig):
     guidance_scale: float | None = None
     """Classifier-free guidance to distil; 1: none. Default: the teacher's default scale."""
     guidance_interval: tuple[float, float] | None = None
-    """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: every step."""
+    """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: the pipeline's own, else
+    every step."""
     saturate: bool = True
     """Push near-black and near-white targets past the range, so flat areas stay flat. Off: they come out mottled."""
 
@@ -292,7 +293,7 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
     """Return the steps of each round's student; a `ValueError` if halving cannot lead to `num_inference_steps`."""
     last, num_train_timesteps = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
     # A distilled teacher samples in its own number of steps only.
-    own = pipe.config.get("default_num_inference_steps")
+    own = distilled_steps(pipe)
     first = own or min(UNDISTILLED_TEACHER_STEPS, num_train_timesteps)
     rounds = config.rounds or max(1, (first // last).bit_length() - 1)
     start = last * 2**rounds
