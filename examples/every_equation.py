@@ -42,7 +42,8 @@ def main(pipeline: str = "mnist", num_inference_steps: int = 20, out: str = "eve
         epsilon = (x - math.sqrt(a) * x_0) / math.sqrt(1 - a)  # x_t = √ᾱ x_0 + √(1-ᾱ) ε, solved for ε
         x = math.sqrt(a_next) * x_0 + math.sqrt(1 - a_next) * epsilon  # DDIM with η = 0 (arXiv 2010.02502, eq. 12)
 
-    by_hand = (x / 2 + 0.5).clamp(0, 1)
+    white = pipe.config.get("white_level", 255) / 255  # MNIST's white is 253
+    by_hand = (x / 2 + 0.5).clamp(0, white)
     by_pipeline = pipe(batch_size=4, num_inference_steps=n, latents=x_T, output_type="pt").images
     difference = (by_hand - by_pipeline).abs().max().item()
     images = torch.cat([by_hand, by_pipeline]).mul(255).round().byte().permute(0, 2, 3, 1).numpy()

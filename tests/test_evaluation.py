@@ -735,7 +735,7 @@ def test_defaults(parts, tmp_path, monkeypatch):
         "schedulers": (),
         "guidance_scale": None,
         "guidance_interval": None,
-        "eta": 0.0,
+        "eta": None,
         "seed": 0,
         "feature_extractor": "inception",
         "inception": None,

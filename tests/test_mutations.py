@@ -34,6 +34,10 @@ def is_bool(value):
     return isinstance(value, bool)
 
 
+def is_interval(value):
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number(0, 1), value)) and value[0] < value[1]
+
+
 LEGAL = {
     "unet/config.json": {
         "sample_size": lambda v: v is None or all(map(is_number(1, 8_192, int), v if isinstance(v, list) else [v])),
@@ -60,6 +64,7 @@ LEGAL = {
         "default_num_inference_steps": lambda v: v is None or is_number(1, 1000, int)(v),
         "default_guidance_scale": lambda v: v is None or is_number(1e-6, 1e3)(v),
         "default_eta": lambda v: v is None or is_number(0, 1)(v),
+        "default_guidance_interval": lambda v: v is None or is_interval(v),
         "black_level": lambda v: v is None or is_number(0, 254, int)(v),
         "white_level": lambda v: v is None or is_number(1, 255, int)(v),
         "id2label": lambda v: v is None or all(k.isdigit() and isinstance(n, str) for k, n in v.items()),

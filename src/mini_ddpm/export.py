@@ -90,8 +90,8 @@ def export_sampler(
         path: The file to write: `.onnx` for onnxruntime, or `.pt2` for `torch.export.load`.
         num_inference_steps: Number of steps. Default: the pipeline's own, else 20.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own.
-        guidance_interval: Guide only between these two shares of the steps. Default: the pipeline's own, else
-            every step.
+        guidance_interval: Guide only between these two shares of the steps. Default: the pipeline's own if
+            `guidance_scale` is not given, else every step.
         dtype: Precision in which an ONNX file stores the weights. It computes in float32 either way, so weights that
             were float16 before lose nothing.
         unet_only: Whether to export the network alone, for a denoising loop of your own.

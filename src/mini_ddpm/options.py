@@ -135,7 +135,8 @@ def resolve_guidance(
         pipe: The pipeline.
         name: Its name in an error message.
         scale: The guidance scale. `None`: the pipeline's default.
-        interval: The guidance interval, two shares of the steps. `None`: the pipeline's default.
+        interval: The guidance interval, two shares of the steps. `None`: the pipeline's default if `scale` is `None`
+            too, else every step.
 
     Raises:
         ValueError: Guidance was given to an unconditional pipeline, or the scale or the interval is invalid.
@@ -149,9 +150,9 @@ def resolve_guidance(
             if value is not None:
                 raise ValueError(f"{key}={value}: {name} is unconditional and takes no guidance. Omit it.")
         return {}
-    scale = float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
-    if interval is None and scale > 1:
+    if scale is None and interval is None:
         interval = tuple(pipe.config.get("default_guidance_interval", (0.0, 1.0)))
+    scale = float(pipe.config.get("default_guidance_scale", 1.5)) if scale is None else scale
     return {"guidance_scale": scale} | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
 
 

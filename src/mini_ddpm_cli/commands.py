@@ -108,7 +108,7 @@ class ExportConfig:
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: the pipeline's
-    own, else every step."""
+    own if --guidance-scale is not given, else every step."""
     scheduler: Annotated[Literal["ddim"] | None, tyro.conf.arg(metavar="ddim")] = None
     """Sample with DDIM, whatever the pipeline's own sampler is. Others add noise, and cannot be exported."""
     dtype: Literal["fp32", "fp16"] = "fp32"

@@ -46,7 +46,7 @@ class SampleConfig:
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two shares of the steps, e.g. 0.35 0.6; 0 is noise, 1 is the image. Default: the
-    pipeline's own, else every step."""
+    pipeline's own if --guidance-scale is not given, else every step."""
     eta: float | None = None
     """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM. Default: the pipeline's own if
     --steps is not given, else 0."""

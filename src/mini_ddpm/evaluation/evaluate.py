@@ -116,7 +116,7 @@ class EvaluateConfig:
     """Scale of classifier-free guidance; 1 turns it off. Default: the pipeline's own."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only between these two shares of the steps; 0 is noise, 1 is the image. Default: the pipeline's
-    own, else every step."""
+    own if --guidance-scale is not given, else every step."""
     eta: float | None = None
     """Noise that DDIM adds at each step: 0 is deterministic, 1 is as much as DDPM. Default: the pipeline's own if
     --steps is not given, else 0."""

@@ -29,7 +29,8 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         default_num_inference_steps: Default number of steps; a distilled network's own step count.
         default_eta: η of a call that gives neither η nor a number of steps, at least 0.
         default_guidance_scale: Default guidance scale; 1 (no guidance) if guidance was distilled into the weights.
-        default_guidance_interval: Default guidance interval, two shares of the steps.
+        default_guidance_interval: Guidance interval of a call that gives neither an interval nor a guidance scale, two
+            shares of the steps.
         black_level: The darkest level of the images, 0 to 255. Samples are clamped to it. Default: 0.
         white_level: The lightest level of the images; MNIST's is 253. Default: 255.
 
@@ -123,8 +124,8 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
                 Default: `default_guidance_scale` of the pipeline's configuration, else 1.5.
             guidance_interval: Guide only the steps i of N with start <= i/N < end; 0 is noise, 1 the image. Early
                 guidance reduces variety and late guidance has no effect; in between it decides which class an image
-                becomes ([2404.07724](https://arxiv.org/abs/2404.07724)). Default: `default_guidance_interval` of the
-                pipeline's configuration, else every step.
+                becomes ([2404.07724](https://arxiv.org/abs/2404.07724)). Default: every step; if `guidance_scale` is
+                not given either, `default_guidance_interval` of the pipeline's configuration.
             generator: Makes the result repeatable: a seed, a `torch.Generator`, or a list with one of them per image.
 
         Returns:
@@ -141,12 +142,14 @@ class MiniDDPMClassConditionalPipeline(DenoisingPipelineMixin, PortablePipelineM
         options = {name: value for name, value in locals().items() if name not in own}
         refuse_unknown(type(self).__call__, unnamed, unknown)
         labels = self.get_label_ids(class_labels)
+        every_step = (0.0, 1.0)
+        if guidance_interval is None:
+            is_own = guidance_scale is None
+            guidance_interval = self.config.get("default_guidance_interval", every_step) if is_own else every_step
         if guidance_scale is None:
             guidance_scale = float(self.config.get("default_guidance_scale", 1.5))
         if not isinstance(guidance_scale, (int, float, np.number)) or not np.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, but is {guidance_scale!r}.")
-        if guidance_interval is None:
-            guidance_interval = self.config.get("default_guidance_interval", (0.0, 1.0))
         interval = check_interval("guidance_interval", guidance_interval)
         values = {"_guidance_scale": guidance_scale, "_guidance_interval": interval, "_num_guided_timesteps": 0}
         return self._draw(len(labels), {"class_labels": torch.tensor(labels)}, values, options)

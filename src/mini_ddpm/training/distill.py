@@ -65,8 +65,8 @@ class DistillConfig(RunConfig):
     guidance_scale: float | None = None
     """Classifier-free guidance to distil; 1: none. Default: the teacher's default scale."""
     guidance_interval: tuple[float, float] | None = None
-    """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: the pipeline's own, else
-    every step."""
+    """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: the pipeline's
+    own if --guidance-scale is not given, else every step."""
     saturate: bool = True
     """Push near-black and near-white targets past the range, so flat areas stay flat. Off: they come out mottled."""
 
