@@ -94,7 +94,7 @@ def test_the_stored_file_is_small_and_clean():
         assert place not in outside_pictures, place
     notebook = read()
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
-    assert notebook["metadata"]["language_info"] == {"name": "python"}
+    assert notebook["metadata"]["language_info"] == {"name": "python", "pygments_lexer": "ipython3"}
     assert all(cell["metadata"] == {} for cell in notebook["cells"])
     cells = code_cells(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
