@@ -27,7 +27,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 NOTEBOOK = ROOT / "examples" / "ddpm_from_scratch.ipynb"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = PROJECT.get("urls", {}).get("Repository", "")
+REPOSITORY = PROJECT["urls"]["Repository"]
 
 project = "mini-ddpm"
 author = "the mini-ddpm authors"
@@ -63,7 +63,7 @@ python_maximum_signature_line_length = 100
 linkcheck_timeout = 30
 linkcheck_retries = 3
 linkcheck_anchors = False
-linkcheck_ignore = [r"http://127\.0\.0\.1", *([re.escape(REPOSITORY)] if REPOSITORY else [])]  # `repo` checks these
+linkcheck_ignore = [r"http://127\.0\.0\.1", re.escape(REPOSITORY)]  # `repo` checks these
 
 LOGGER = logging.getLogger(__name__)
 MATHML = "{http://www.w3.org/1998/Math/MathML}"
@@ -74,14 +74,12 @@ class RepositoryRole(SphinxRole):
     """{repo}`path` or {repo}`text <path>`: a link to a file or folder of the repository, which must exist here."""
 
     def run(self):
-        """Return the link, or the text alone where pyproject.toml names no repository."""
+        """Return the link."""
         text, path = re.fullmatch(r"(.*?)(?: <(.*)>)?", self.text, re.DOTALL).groups()
         path = path or text
         if not (ROOT / path).exists():
             LOGGER.warning("the repository has no %s", path, location=self.get_location())
         literal = nodes.literal(text, text)
-        if not REPOSITORY:
-            return [literal], []
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return [nodes.reference("", "", literal, refuri=f"{REPOSITORY}/{kind}/main/{path}")], []
 
@@ -170,20 +168,11 @@ def copy_notebook():
             LOGGER.warning("%s links to %s, which is missing", NOTEBOOK.name, match[1])
         return f"]({REPOSITORY}/blob/main/{path.relative_to(ROOT).as_posix()})"
 
-    copy = DOCS / "notebook.ipynb"
-    copy.unlink(missing_ok=True)
-    if NOTEBOOK.exists():
-        notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            if cell["cell_type"] == "markdown":
-                cell["source"] = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, "".join(cell["source"]))
-        copy.write_text(json.dumps(notebook), encoding="utf-8")
-
-
-def leave_out_notebook(app, docname, source):
-    """Take the notebook out of the contents of a checkout that has none."""
-    if docname == "index" and not NOTEBOOK.exists():
-        source[0] = source[0].replace("\nnotebook\n", "\n")
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = re.sub(r"\]\((?!\w+:|#)([^)\s]+)\)", link, "".join(cell["source"]))
+    (DOCS / "notebook.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def setup(app: Sphinx):
@@ -192,6 +181,5 @@ def setup(app: Sphinx):
     app.add_role("repo", RepositoryRole())
     app.add_directive("command-help", CommandHelp)
     app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
-    app.connect("source-read", leave_out_notebook)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
