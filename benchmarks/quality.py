@@ -237,7 +237,7 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     guidance = {"guidance_scale": taught["guidance_scale"]}
     guidance |= {"guidance_interval": tuple(taught.get("guidance_interval", (0, 1)))}
     options |= guidance
-    if distilled_steps(load_pipeline(teacher)):
+    if distilled_steps(load_pipeline(teacher).config):
         raise ValueError(f"{teacher} is a student itself.")
     for folder, steps in zip(folders, counts, strict=True):
         rows = measure(args, str(folder), (steps,), output_dir=args.runs / "distillation" / folder.name)

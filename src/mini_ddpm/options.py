@@ -12,7 +12,7 @@ import platform
 import signal
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -156,12 +156,12 @@ def resolve_guidance(
     return {"guidance_scale": scale} | ({} if interval in (None, (0, 1)) else {"guidance_interval": interval})
 
 
-def distilled_steps(pipe: Any) -> int | None:
-    """Return the number of steps that a pipeline was distilled to, `None` if it was not.
+def distilled_steps(config: Mapping[str, Any]) -> int | None:
+    """Return the number of steps that the pipeline of a configuration was distilled to, `None` if it was not.
 
     A pipeline that draws with noise in its own number of steps is no student: those are deterministic.
     """
-    return None if pipe.config.get("default_eta") else pipe.config.get("default_num_inference_steps")
+    return None if config.get("default_eta") else config.get("default_num_inference_steps")
 
 
 def resolve_labels(

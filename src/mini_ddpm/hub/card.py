@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 
 from ..files import atomic_write, write_text
+from ..options import distilled_steps
 from ..pipelines.portable import CARD
 from .errors import HTTPError
 from .facts import PROTOCOL_TEXTS, model_facts, protocol_text, read_facts
@@ -73,7 +74,7 @@ def render_card(facts: dict[str, Any]) -> str:
         "training": training,
         "papers": papers,
         "evaluation": _evaluation_table(evaluation),
-        "distilled": _is_distilled(model),
+        "distilled": distilled_steps(model) is not None,
         "sampling": protocol_text(
             {key: model[f"default_{key}"] for key in PROTOCOL_TEXTS if f"default_{key}" in model}
         ),
@@ -184,11 +185,6 @@ def _write_facts(facts: dict[str, Any], source: Path, target: Path) -> dict[str,
     return facts
 
 
-def _is_distilled(model: dict[str, Any]) -> bool:
-    """Return whether a model is a student of few steps. Those are deterministic."""
-    return "default_num_inference_steps" in model and not model.get("default_eta")
-
-
 def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
     """Return the papers whose methods a model uses: arXiv number and title."""
     papers = {"2006.11239": "Ho, Jain, Abbeel: Denoising Diffusion Probabilistic Models, 2020"}
@@ -196,7 +192,7 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
         papers["2010.02502"] = "Song, Meng, Ermon: Denoising Diffusion Implicit Models, 2020"
     if model.get("beta_schedule") == "squaredcos_cap_v2":
         papers["2102.09672"] = "Nichol, Dhariwal: Improved Denoising Diffusion Probabilistic Models, 2021"
-    if model.get("prediction_type") == "v_prediction" or _is_distilled(model):
+    if model.get("prediction_type") == "v_prediction" or distilled_steps(model) is not None:
         papers["2202.00512"] = "Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion Models, 2022"
     if "num_class_embeds" in model:
         papers["2207.12598"] = "Ho, Salimans: Classifier-Free Diffusion Guidance, 2022"

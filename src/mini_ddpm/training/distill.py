@@ -293,7 +293,7 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
     """Return the steps of each round's student; a `ValueError` if halving cannot lead to `num_inference_steps`."""
     last, num_train_timesteps = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
     # A distilled teacher samples in its own number of steps only.
-    own = distilled_steps(pipe)
+    own = distilled_steps(pipe.config)
     first = own or min(UNDISTILLED_TEACHER_STEPS, num_train_timesteps)
     rounds = config.rounds or max(1, (first // last).bit_length() - 1)
     start = last * 2**rounds
