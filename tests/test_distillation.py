@@ -1,6 +1,7 @@
-"""Distillation: a student's one step is its teacher's two, by closed form, and round by round in real runs."""
+"""Distillation: a student's one step is several of its teacher, by closed form, and round by round in real runs."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from mini_ddpm import (
     MiniDDPMPipeline,
     load_pipeline,
 )
-from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, _estimate, _step_counts, distill
+from mini_ddpm.training.distill import DDIMTeacher, DistillConfig, _estimate, _step_counts, distill, refined_timesteps
 from mini_ddpm.training.loss import compute_loss, saturate
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -40,36 +41,43 @@ class Linear(torch.nn.Module):
         return type("Output", (), {"sample": x0})
 
 
-def linear_teacher(prediction_type, steps, **config):
+def linear_teacher(prediction_type, steps, teacher_timesteps, **config):
     scheduler = MiniDDIMScheduler(prediction_type=prediction_type, clip_sample=False, **config)
     factors = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.2
     pipe = type("Pipe", (), {"unet": Linear(scheduler, factors), "scheduler": scheduler})
-    teacher = DDIMTeacher(pipe, steps)
+    teacher = DDIMTeacher(pipe, steps, teacher_timesteps=teacher_timesteps)
     teacher._coefficients = teacher._coefficients.float()
     return teacher, scheduler, factors.double()
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 4, 7, 32])
-def test_the_optimum_of_a_linear_students_loss_is_two_steps_of_its_teacher(prediction_type, steps):
-    teacher, scheduler, a = linear_teacher(prediction_type, steps)
-    ours, theirs = MiniDDIMScheduler.from_config(scheduler.config), MiniDDIMScheduler.from_config(scheduler.config)
+@pytest.mark.parametrize(("steps", "factor"), [(1, 2), (4, 2), (7, 2), (32, 2), (4, 5), (3, 7), (1, 20)])
+def test_the_optimum_of_a_linear_students_loss_is_the_steps_of_its_teacher(prediction_type, steps, factor):
+    ours, theirs = MiniDDIMScheduler(), MiniDDIMScheduler(prediction_type=prediction_type, clip_sample=False)
     ours.set_timesteps(steps)
-    theirs.set_timesteps(2 * steps)
+    given = None if factor == 2 else refined_timesteps(ours.timesteps, factor)  # by default the teacher takes two
+    theirs.set_timesteps(2 * steps if given is None else None, timesteps=given)
+    teacher, scheduler, a = linear_teacher(prediction_type, steps, given)
     assert torch.equal(teacher.timesteps, ours.timesteps)
+    assert teacher.run_settings["teacher_steps"] == factor * steps
+    ours = MiniDDIMScheduler.from_config(scheduler.config)
+    ours.set_timesteps(steps)
 
-    # From z_t two steps of x̂_0 = a z lead to a multiple of z_t, and so does one step of x̂_0 = c z: solve for c.
+    # From z_t the steps of x̂_0 = a z lead to a multiple of z_t, and so does one step of x̂_0 = c z: solve for c.
     levels = scheduler.alphas_cumprod.double()
     alpha, sigma = [*levels.sqrt(), 1.0], [*(1 - levels).sqrt(), 0.0]  # at -1, the end, the image
 
-    def factor(t, s, x0):
+    def multiple(t, s, x0):
         return alpha[s] * x0 + sigma[s] / sigma[t] * (1 - alpha[t] * x0)
 
     optimum = torch.zeros(1000, dtype=torch.float64)
     times = [*theirs.timesteps.tolist(), -1]
-    for t, between, end in zip(times[:-1:2], times[1::2], times[2::2], strict=True):
-        two = factor(t, between, a[t]) * factor(between, end, a[between])
-        optimum[t] = (two - sigma[end] / sigma[t]) / (alpha[end] - sigma[end] / sigma[t] * alpha[t])
+    ways = [times[i : i + factor + 1] for i in range(0, factor * steps, factor)]  # the teacher's way in each step
+    for way in ways:
+        t, end, there = way[0], way[-1], 1.0
+        for start, stop in itertools.pairwise(way):
+            there = there * multiple(start, stop, a[start])
+        optimum[t] = (there - sigma[end] / sigma[t]) / (alpha[end] - sigma[end] / sigma[t] * alpha[t])
 
     student = Linear(scheduler, optimum.float())
     generator = torch.Generator().manual_seed(1)
@@ -82,23 +90,38 @@ def test_the_optimum_of_a_linear_students_loss_is_two_steps_of_its_teacher(predi
     off = compute_loss(Linear(scheduler, optimum.float() + 0.1), scheduler, target, target_noise, ours.timesteps)
     assert off.item() > 1e-3
 
-    # It is a point of the way through z_t, and the student's step arrives where the teacher's two do.
+    # It is a point of the way through z_t, and the student's step arrives where the teacher's steps do.
     sample = scheduler.add_noise(images, noise, ours.timesteps)
     torch.testing.assert_close(scheduler.add_noise(target, target_noise, ours.timesteps), sample, atol=1e-5, rtol=0)
     z = torch.ones(1, 1, 1, 1)
-    for t, between in zip(times[:-1:2], times[1::2], strict=True):
-        one = ours.step(student(z, torch.tensor([t])).sample, t, z).prev_sample
-        middle = theirs.step(teacher.unet(z, torch.tensor([t])).sample, t, z).prev_sample
-        two = theirs.step(teacher.unet(middle, torch.tensor([between])).sample, between, middle).prev_sample
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    for way in ways:
+        one, there = ours.step(student(z, torch.tensor(way[:1])).sample, way[0], z).prev_sample, z
+        for t in way[:-1]:
+            there = theirs.step(teacher.unet(there, torch.tensor([t])).sample, t, there).prev_sample
+        torch.testing.assert_close(one, there, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize(("steps", "factor"), [(1, 1), (1, 20), (4, 5), (7, 3), (300, 4), (1000, 2)])
+def test_refined_timesteps_divide_each_step_evenly(spacing, steps, factor):
+    scheduler = MiniDDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    refined = torch.tensor([*refined_timesteps(scheduler.timesteps, factor), -1])
+    ends = torch.tensor([*scheduler.timesteps, -1])
+    places = torch.isin(refined, ends).nonzero().squeeze(1)
+    assert torch.equal(refined[places], ends) and (refined.diff() < 0).all()
+    for start, stop, first, last in zip(ends[:-1], ends[1:], places[:-1], places[1:], strict=True):
+        assert last - first == min(factor, start - stop)
+        lengths = -refined[first : last + 1].diff()
+        assert lengths.max() - lengths.min() <= 1
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(1, 2), (4, 2), (8, 2), (1, 20), (4, 5), (2, 4)])
 @pytest.mark.parametrize(
     ("guidance_scale", "interval"),
     [(None, (0, 1)), (1.0, (0, 1)), (2.5, (0, 1)), (2.5, (0.25, 0.6)), (2.5, (0.5, 0.75))],
 )
-def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guidance_scale, interval):
+def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, factor, guidance_scale, interval):
     scheduler = MiniDDIMScheduler(prediction_type="v_prediction", clip_sample_range=1.1)
     labels = None if guidance_scale is None else torch.tensor([3, 0, 10])  # the last asks for no class
     if labels is None:
@@ -109,12 +132,15 @@ def test_the_targets_are_the_way_of_the_teachers_pipeline(tiny_unet, steps, guid
         call = {"class_labels": labels, "guidance_scale": guidance_scale, "guidance_interval": interval}
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = pipe(**call, latents=latents, num_inference_steps=2 * steps, output_type="latent").images
+    expected = pipe(**call, latents=latents, num_inference_steps=factor * steps, output_type="latent").images
 
-    teacher = DDIMTeacher(pipe, steps, guidance_scale or 1.0, interval)
+    steps_of_teacher = MiniDDIMScheduler.from_config(scheduler.config)
+    steps_of_teacher.set_timesteps(factor * steps)
+    given = None if factor == 2 else steps_of_teacher.timesteps.tolist()
+    teacher = DDIMTeacher(pipe, steps, guidance_scale or 1.0, interval, teacher_timesteps=given)
     teacher.prepare(torch.device("cpu"), compiled=False)
     saturation = (0.1, False, True)
-    saturating = DDIMTeacher(pipe, steps, guidance_scale or 1.0, interval, saturation)
+    saturating = DDIMTeacher(pipe, steps, guidance_scale or 1.0, interval, saturation, given)
     saturating.prepare(torch.device("cpu"), compiled=False)
     assert (saturate(expected, *saturation) != expected).any()
     student = MiniDDIMScheduler.from_config(scheduler.config, prediction_type="sample", clip_sample=False)
@@ -146,9 +172,9 @@ def test_a_teacher_that_cannot_teach(tiny_unet):
         DDIMTeacher(MiniDDPMPipeline(unet, MiniDDIMScheduler(prediction_type="epsilon")), 4)
     leading = MiniDDIMScheduler(prediction_type="v_prediction", timestep_spacing="leading")
     with pytest.raises(
-        ValueError, match=r"timestep_spacing='leading': the 7 timesteps.*among the 14.*timestep_spacing='trailing'"
+        ValueError, match=r"timestep_spacing='leading': the 3 timesteps.*among the 6 of the teacher.*timestep_spacing='trailing'"
     ):
-        DDIMTeacher(MiniDDPMPipeline(unet, leading), 7)
+        DDIMTeacher(MiniDDPMPipeline(unet, leading), 3)
 
 
 def test_without_options_a_teacher_is_neither_guided_nor_saturated(tiny_unet):
@@ -163,6 +189,7 @@ def test_without_options_a_teacher_is_neither_guided_nor_saturated(tiny_unet):
     assert teacher.run_settings == explicit.run_settings
     assert teacher.run_settings == {
         "num_inference_steps": 4,
+        "teacher_steps": 8,
         "guidance_scale": 1.0,
         "guidance_interval": (0.0, 1.0),
     }
@@ -189,17 +216,10 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("guidance", "teacher_images", "precision", "autocast"),
-    [
-        (None, 16, "no", None),
-        (1.0, 16, "bf16", torch.bfloat16),
-        (2.0, 32, "fp16", torch.float16),
-        (2.0, 32, "auto", None),
-    ],
+    ("guidance", "precision", "autocast"),
+    [(None, "no", None), (1.0, "bf16", torch.bfloat16), (2.0, "fp16", torch.float16), (2.0, "auto", None)],
 )
-def test_the_estimate_adds_up_what_is_left(
-    tiny_unet, monkeypatch, tmp_path, guidance, teacher_images, precision, autocast
-):
+def test_the_estimate_adds_up_what_is_left(tiny_unet, monkeypatch, tmp_path, guidance, precision, autocast):
     clock, unets = Clock(), []
     monkeypatch.setattr("mini_ddpm.training.distill.time.perf_counter", lambda: clock.now)
     for _ in range(2):
@@ -209,7 +229,6 @@ def test_the_estimate_adds_up_what_is_left(
     clock.time_network(student_unet, 0.5)
     kind = MiniDDPMPipeline if guidance is None else MiniDDPMClassConditionalPipeline
     pipe = kind(teacher_unet, MiniDDIMScheduler(prediction_type="v_prediction"))
-    teacher = DDIMTeacher(pipe, 8, guidance or 1.0)
     config = DistillConfig(
         "mnist",
         output_dir=tmp_path,
@@ -219,20 +238,27 @@ def test_the_estimate_adds_up_what_is_left(
         device="cpu",
         mixed_precision=precision,
     )
-    rounds = [config.train_config("mnist", steps, 0.1, guidance is not None) for steps in (8, 4, 2, 1)]
+    counts = (8, 4, 2, 1)
+    rounds = [config.train_config("mnist", steps, 0.1, guidance is not None) for steps in counts]
     assert [train_config.max_train_steps for train_config in rounds] == [200, 200, 400, 400]
     for checkpoint in ("steps-8/checkpoint-100", "steps-8/checkpoint-150", "steps-2/checkpoint-50"):
         (tmp_path / checkpoint).mkdir(parents=True)
         progress = {"step": int(checkpoint.rpartition("-")[2]), "seconds": 1.0, "files": {}, "pipeline": {}}
         (tmp_path / checkpoint / "progress.json").write_text(json.dumps(progress))
-    seconds = _estimate(config, student_unet, teacher, rounds)
+    every = MiniDDIMScheduler()
+    every.set_timesteps(16)
+    taken = every.timesteps.tolist()
+    teachers = [DDIMTeacher(pipe, n, guidance or 1.0, (0.5, 1), (0, False, False), taken) for n in counts]
+    seconds = _estimate(config, student_unet, teachers, rounds)
 
-    # An optimizer step sees twelve images, each twice through the teacher and once through the student.
-    first, later = 2 * teacher_images / 16 + 0.5, 2 + 0.5
-    assert seconds == pytest.approx(12 * (50 * first + (200 + 350 + 400) * later))
-    evaluations = [(teacher_images, False, autocast)] * 2 + [(16, True, autocast)]
-    unguided = [(16, False, autocast)] * 2 + [(16, True, autocast)]
-    assert clock.calls == 2 * evaluations + 2 * unguided
+    # An image goes 16/N times through the teacher of N steps, half of the steps guided and so twice, and once through
+    # the student. An optimizer step sees twelve images, spread evenly over the student's steps.
+    guided = 1.5 if guidance and guidance > 1 else 1
+    each = [guided * 16 / n + 0.5 for n in counts]
+    assert seconds == pytest.approx(
+        12 * sum(left * cost for left, cost in zip((50, 200, 350, 400), each, strict=True))
+    )
+    assert {call[1:] for call in clock.calls} == {(False, autocast), (True, autocast)}
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------
@@ -278,7 +304,7 @@ def config(teacher, pictures, tmp_path):
     )
 
 
-def test_a_round_brings_the_student_to_its_teachers_two_steps(tmp_path):
+def test_a_round_brings_the_student_to_its_teachers_steps(tmp_path):
     # Pictures of one brightness each: from noise to picture is then a smooth way, that a tiny network can learn.
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -312,7 +338,7 @@ def test_a_round_brings_the_student_to_its_teachers_two_steps(tmp_path):
     assert student == tmp_path / "distilled" / "steps-2"
     settings = json.loads((student / "train_config.json").read_text())
     assert (settings["guidance_scale"], settings["guidance_interval"]) == (1.0, [0.0, 1.0])  # none, as without classes
-    assert (settings["num_inference_steps"], settings["saturate"]) == (2, True)
+    assert (settings["num_inference_steps"], settings["teacher_steps"], settings["saturate"]) == (2, 20, True)
     assert settings["distilled_from"] == str(teacher)
     latents = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -321,9 +347,9 @@ def test_a_round_brings_the_student_to_its_teachers_two_steps(tmp_path):
         pipe.set_progress_bar_config(disable=True)
         return pipe(64, latents=latents, output_type="latent", **options).images
 
-    four = draw(teacher, num_inference_steps=4)
-    before = (draw(teacher, num_inference_steps=2) - four).square().mean()
-    after = (draw(student) - four).square().mean()
+    target = draw(teacher, num_inference_steps=20)
+    before = (draw(teacher, num_inference_steps=2) - target).square().mean()
+    after = (draw(student) - target).square().mean()
     assert after < before / 5
 
 
@@ -333,13 +359,17 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
     class Teacher(DDIMTeacher):
         def __init__(self, pipe, num_inference_steps, **options):
             super().__init__(pipe, num_inference_steps, **options)
-            taught.append((num_inference_steps, options.get("saturation")))
+            taught.append((num_inference_steps, len(self.scheduler.timesteps), options["saturation"], pipe.config))
 
     monkeypatch.setattr("mini_ddpm.training.distill.DDIMTeacher", Teacher)
     folders = distill(config)
     assert [folder.name for folder in folders] == ["steps-4", "steps-2"]
-    # The pictures have both ends, which the first student learns beyond; the second has it from the first.
-    assert taught[-2:] == [(4, (0.1, True, True)), (2, None)]
+    # Every student learns from the first teacher, and beyond the range: the pictures have both ends.
+    assert [about[:3] for about in taught] == [(4, 20, (0.1, True, True)), (2, 20, (0.1, True, True))]
+    assert taught[0][3] is taught[1][3]
+    settings = [json.loads((folder / "train_config.json").read_text()) for folder in folders]
+    assert [each["pretrained_model_name_or_path"] for each in settings] == [config.teacher, str(folders[0])]
+    assert [each["distilled_from"] for each in settings] == [config.teacher] * 2
     for folder, steps in zip(folders, (4, 2), strict=True):
         pipe = load_pipeline(folder)
         evaluations = []
@@ -360,14 +390,39 @@ def test_the_students_take_their_own_steps_once_each(config, monkeypatch):
         assert f"| Distilled | steps per image: {steps}, with one network evaluation each; guidance is" in card
         assert "2210.03142" in card and "images = pipe([0, 1]).images" in card
 
-    # A student can be a teacher, of half its own steps and of nothing else.
-    alone = {"teacher": str(folders[-1]), "rounds": None, "saturate": False}
+    # A student can be a teacher, in its own steps and in no others.
+    alone = {"teacher": str(folders[0]), "rounds": 1, "saturate": False}
     (one,) = distill(dataclasses.replace(config, num_inference_steps=1, **alone))
-    assert one.name == "steps-1" and taught[-1] == (1, (0.0, True, True))
+    assert one.name == "steps-1" and taught[-1][:3] == (1, 4, (0.0, True, True))
     with pytest.raises(
         ValueError, match=r"=3 with rounds=1 needs a teacher of 6 steps, but .* samples in 4. Use .* of 2, 1."
     ):
         distill(dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=3, rounds=None))
+    with pytest.raises(ValueError, match="teacher_steps=20 must be omitted: .* is distilled, and samples in 4"):
+        distill(
+            dataclasses.replace(config, teacher=str(folders[0]), num_inference_steps=2, rounds=1, teacher_steps=20)
+        )
+
+
+def test_a_student_is_improved_and_learns_in_as_many_steps_as_asked(config, tmp_path):
+    (first,) = distill(dataclasses.replace(config, rounds=1))
+    improving = dataclasses.replace(
+        config, student=str(first), rounds=None, teacher_steps=9, learning_rate=1e-9, output_dir=tmp_path / "improved"
+    )
+    (improved,) = distill(improving)
+    assert improved == tmp_path / "improved" / "steps-2"
+    for key, tensor in weights(improved).items():  # they began with the student's, not with the teacher's
+        torch.testing.assert_close(tensor, weights(first)[key], atol=1e-5, rtol=0)
+    settings = json.loads((improved / "train_config.json").read_text())
+    assert settings["teacher_steps"] == 10  # five for each step of the student
+    assert settings["student"] == settings["pretrained_model_name_or_path"] == str(first)
+    assert settings["distilled_from"] == config.teacher
+    with pytest.raises(
+        ValueError, match="student='mnist' does not fit .*: noise schedule, timestep spacing, image size"
+    ):
+        distill(dataclasses.replace(improving, student="mnist", output_dir=tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"holds a run with teacher_steps=10, not 12"):
+        distill(dataclasses.replace(improving, teacher_steps=12))
 
 
 def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
@@ -382,7 +437,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distillation finished. Draw images with: mini-ddpm sample") == 1
-    assert done.stderr.count(f"{config.teacher}: 4 steps to 2; about ") == 1
+    assert done.stderr.count(f"{config.teacher}: 20 steps to 2; about ") == 1
     sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 1, 0])
     predictions = [load_pipeline(folder).unet(sample, timesteps, labels).sample for folder in (one, two / "steps-2")]
     torch.testing.assert_close(*predictions, atol=1e-3, rtol=0)
@@ -426,7 +481,14 @@ def test_cut_off_it_goes_on_exactly(config, monkeypatch, calls):
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be at least 1"),
         ({"rounds": 0}, "rounds=0 must be at least 1"),
         ({"guidance_interval": (0.6, 0.4)}, r"guidance_interval=\(0.6, 0.4\) must satisfy 0 <= start < end <= 1"),
-        ({"guidance_interval": (0.1, 0.12)}, r"guidance_interval=\(0.1, 0.12\): none of the 8 steps i has start <= "),
+        (
+            {"guidance_interval": (0.11, 0.14)},
+            r"guidance_interval=\(0.11, 0.14\): none of the teacher's 20 steps is in",
+        ),
+        ({"teacher_steps": 0}, "teacher_steps=0 must be at least 1"),
+        ({"teacher_steps": 7}, r"teacher_steps=7 must be within \[8, 1000\]: at least twice the steps of the first"),
+        ({"teacher_steps": 1001}, r"teacher_steps=1001 must be within \[8, 1000\]"),
+        ({"student": "nowhere"}, "nowhere"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0"),
         ({"rounds": 9}, "rounds=9 needs a teacher of 1024 steps, but .* has 1000 noise levels"),
         (

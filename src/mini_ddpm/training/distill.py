@@ -1,17 +1,20 @@
-"""Progressive distillation: halve the number of sampling steps, round after round, down to one.
+"""Progressive distillation: sample in fewer and fewer steps, round after round, down to one.
 
     z_t   = α_t x + σ_t ε                                          a noised image of the dataset
-    z_t'' = two DDIM steps of the teacher from z_t, over t' to t''
+    z_t'' = several DDIM steps of the teacher from z_t, down to t''
     x̃     = (z_t'' - (σ_t''/σ_t) z_t) / (α_t'' - (σ_t''/σ_t) α_t)    the x_0 with which one step leads to z_t''
     L     = E [ max(α_t²/σ_t², 1) ||x̃ - x̂(z_t)||² ]                 the student's loss
 
-(arXiv 2202.00512, algorithm 2, eq. 9, appendix G.) Here α_t² = ᾱ_t and σ_t² = 1 - ᾱ_t. The student starts as a copy
-of its teacher, and teaches the next round, of half as many steps. x̃ is determined by z_t, while the image x is not:
-many images lead to the same z_t, and a one-step student trained on x would predict their blurred mean. Beyond the
-paper: in the student's last step, nearly black and nearly white pixels of x̃ are moved beyond the range, see
-[`saturate`].
+(arXiv 2202.00512, algorithm 2, eq. 9, appendix G.) Here α_t² = ᾱ_t and σ_t² = 1 - ᾱ_t. The first student starts as a
+copy of the teacher, the next one as a copy of the student before, with half as many steps. x̃ is determined by z_t,
+while the image x is not: many images lead to the same z_t, and a one-step student trained on x would predict their
+blurred mean.
 
-Guidance is distilled too (arXiv 2210.03142): the first teacher is guided, so that students need no second evaluation.
+Beyond the paper: every student learns from the first teacher, over as many of its steps as lie within one of the
+student's, so that the errors of the rounds do not add up. And in the student's last step, nearly black and nearly
+white pixels of x̃ are moved beyond the range, see [`saturate`].
+
+Guidance is distilled too (arXiv 2210.03142): the teacher is guided, so that students need no second evaluation.
 The scale is fixed. Conditioning on it would need a new network input, which existing pipelines could not supply.
 
 A round is a training run with a teacher: the loop, the checkpoints and the log are those of [`train`].
@@ -20,6 +23,8 @@ A round is a training run with a teacher: the loop, the checkpoints and the log 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -40,8 +45,10 @@ from .config import RANGES, RunConfig, TrainConfig
 from .loss import compute_loss, saturate, saturated_levels
 from .train import GivenParts, start_run
 
-UNDISTILLED_TEACHER_STEPS = 32
-"""The steps of the first teacher by default, if it was not distilled itself."""
+DEFAULT_TEACHER_STEPS = 20
+"""The steps of a teacher by default, if it was not distilled itself."""
+FIRST_STUDENT_STEPS = 16
+"""The steps of the first student at most by default, if the teacher was not distilled itself."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,13 @@ class DistillConfig(RunConfig):
     num_inference_steps: Annotated[int, tyro.conf.arg(aliases=["--steps", "--to"])] = 4
     """Steps of the last student."""
     rounds: int | None = None
-    """How often the steps are halved. Default: start from the teacher's own step count if it is distilled, else 32."""
+    """Number of students, each of half as many steps as the one before. Default: the first takes at most 16, or half
+    of the teacher's own if that is distilled; one round if --student is given."""
+    student: str | None = None
+    """Pipeline whose weights the first student starts with. Default: the teacher. Give a student to improve it."""
+    teacher_steps: int | None = None
+    """Steps from noise to image of the teacher, which every student copies. Default: its own if it is distilled, else
+    20, but at least twice the student's."""
     images_per_round: int = 60_000
     """Images seen per round; the rounds to two steps and to one are harder and see twice as many."""
     guidance_scale: float | None = None
@@ -85,7 +98,7 @@ class DistillConfig(RunConfig):
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null label, so that the student can still sample without a class."""
     ema_max_decay: float = 0.999
-    """Largest decay of the moving average of the weights, which is what is saved and teaches the next round."""
+    """Largest decay of the moving average of the weights, which is saved, and with which the next round starts."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of both networks. Auto: bf16 on GPUs that support it, else no. bf16 also suits AVX512-BF16 CPUs."""
     torch_compile: bool = False
@@ -93,7 +106,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
-        own = dict.fromkeys(("num_inference_steps", "rounds", "images_per_round"), (1, None))
+        counts = ("num_inference_steps", "rounds", "images_per_round", "teacher_steps")
+        own = dict.fromkeys(counts, (1, None))
         check_fields(self, {**RANGES, **own, "num_evaluation_images": (0, None), "guidance_scale": (0, None)})
 
     def train_config(
@@ -119,11 +133,20 @@ class DistillConfig(RunConfig):
 
 
 class DDIMTeacher:
-    """The teacher of one round: two of its DDIM steps are the target of one step of the student.
+    """The teacher of one round: several of its DDIM steps are the target of one step of the student.
 
-    This is algorithm 2 of arXiv 2202.00512. The student takes N = `num_inference_steps` steps, the teacher 2N. A scale
-    s > 1 guides its class-conditional predictions in step i of 2N if start <= i/2N < end. `saturation` holds `margin`,
-    `black` and `white` of [`saturate`]. The network of `pipe` is put into evaluation mode and frozen.
+    This is algorithm 2 of arXiv 2202.00512 with any number of steps in place of two. A scale s > 1 guides the
+    class-conditional predictions at the timesteps t with start <= 1 - (t + 1)/T < end: the share of the way from noise
+    that is done. `saturation` holds `margin`, `black` and `white` of [`saturate`]. The network of `pipe` is put into
+    evaluation mode and frozen.
+
+    Args:
+        pipe: The pipeline that teaches.
+        num_inference_steps: N, the steps of the student.
+        guidance_scale: s.
+        guidance_interval: Start and end of the interval, 0 to 1.
+        saturation: See above.
+        teacher_timesteps: The timesteps of the teacher, among them those of the student. `None`: those of 2N steps.
 
     A teacher that predicts noise, timesteps of the student that are not among the teacher's, and an interval without
     steps are a `ValueError`.
@@ -139,6 +162,7 @@ class DDIMTeacher:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         saturation: tuple[float, bool, bool] = (0.0, False, False),
+        teacher_timesteps: Sequence[int] | None = None,
     ) -> None:
         scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
         if scheduler.config.prediction_type == "epsilon":
@@ -147,31 +171,32 @@ class DDIMTeacher:
                 " noise determines no x_0. Use a teacher trained with prediction_type 'v_prediction' or 'sample'."
             )
         student_scheduler = MiniDDIMScheduler.from_config(scheduler.config)
-        teacher_steps = 2 * num_inference_steps
-        scheduler.set_timesteps(teacher_steps)
         student_scheduler.set_timesteps(num_inference_steps)
         self.timesteps = student_scheduler.timesteps
-        # By t: t', where the teacher's first step ends, and t'', where its second step and the student's one step end.
-        every_t = torch.arange(student_scheduler.config.num_train_timesteps)
-        middle, end = scheduler.previous_timestep(every_t), student_scheduler.previous_timestep(every_t)
-        if not torch.equal(scheduler.previous_timestep(middle[self.timesteps]), end[self.timesteps]):
+        total = student_scheduler.config.num_train_timesteps
+        scheduler.set_timesteps(None if teacher_timesteps else 2 * num_inference_steps, timesteps=teacher_timesteps)
+        if not torch.isin(self.timesteps, scheduler.timesteps).all():
             raise ValueError(
                 f"timestep_spacing={scheduler.config.timestep_spacing!r}: the {num_inference_steps} timesteps of the "
-                f"student are not all among the {teacher_steps} of the teacher. Use a teacher with "
+                f"student are not all among the {len(scheduler.timesteps)} of the teacher. Use a teacher with "
                 "timestep_spacing='trailing', where they are."
             )
-        shares = torch.arange(teacher_steps).double() / teacher_steps
-        self._is_guided = torch.zeros(len(every_t), dtype=torch.bool)  # by t
+        # By t: the timestep to which the teacher's step leads, and the one to which the student's step leads.
+        every_t = torch.arange(total)
+        self._previous, self._end = scheduler.previous_timestep(every_t), student_scheduler.previous_timestep(every_t)
+        shares = (total - 1 - scheduler.timesteps).double() / total
+        self._is_guided = torch.zeros(total, dtype=torch.bool)  # by t
         self._is_guided[scheduler.timesteps] = (shares >= guidance_interval[0]) & (shares < guidance_interval[1])
-        if not self._is_guided.any():
+        if guidance_scale > 1 and not self._is_guided.any():
             raise ValueError(
-                f"guidance_interval={guidance_interval}: none of the {teacher_steps} steps i has start <= "
-                f"i/{teacher_steps} < end. Use a wider interval, such as 0.35 0.6."
+                f"guidance_interval={guidance_interval}: none of the teacher's {len(scheduler.timesteps)} steps is in "
+                "it. Use a wider interval, such as 0.35 0.6."
             )
         self.unet, self.scheduler = pipe.unet.eval().requires_grad_(False), scheduler
         self.guidance_scale = guidance_scale
         self.run_settings: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
+            "teacher_steps": len(scheduler.timesteps),
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
         }
@@ -179,18 +204,18 @@ class DDIMTeacher:
         if self.unet.config.num_class_embeds is not None:
             self.pipeline_defaults["default_guidance_scale"] = 1.0
 
-        self._middle, self._saturation = middle, saturation
+        self._saturation = saturation
         alphas_cumprod = student_scheduler.alphas_cumprod.double()
         final_alpha_cumprod = student_scheduler.final_alpha_cumprod.double()
-        at_end = torch.where(end < 0, final_alpha_cumprod, alphas_cumprod[end.clamp(min=0)])
+        at_end = torch.where(self._end < 0, final_alpha_cumprod, alphas_cumprod[self._end.clamp(min=0)])
         # α_t, σ_t, α_t'', σ_t'' by t
         self._coefficients = torch.stack([x.sqrt() for x in (alphas_cumprod, 1 - alphas_cumprod, at_end, 1 - at_end)])
 
     def prepare(self, device: torch.device, compiled: bool) -> None:
         """Move to `device`, and compile the network if `compiled`."""
         self.unet = self.unet.to(device=device, memory_format=torch.channels_last)
-        self._middle, self._coefficients = self._middle.to(device), self._coefficients.float().to(device)
-        self._is_guided = self._is_guided.to(device)
+        self._previous, self._end = self._previous.to(device), self._end.to(device)
+        self._is_guided, self._coefficients = self._is_guided.to(device), self._coefficients.float().to(device)
         if compiled:
             self.unet.compile()
 
@@ -204,8 +229,13 @@ class DDIMTeacher:
         """
         alpha, sigma, alpha_end, sigma_end = self._coefficients[:, timesteps, None, None, None]  # (B, 1, 1, 1) each
         sample = self.scheduler.add_noise(images, noise, timesteps)
-        middle = self._step(sample, timesteps, class_labels)
-        end = self._step(middle, self._middle[timesteps], class_labels)
+        end, t = sample.float(), timesteps
+        # The steps of the student differ in how many of the teacher's they take: go on with the rows that have not
+        # arrived.
+        while len(rows := (t > self._end[timesteps]).nonzero().squeeze(1)):
+            labels = None if class_labels is None else class_labels[rows]
+            end = end.index_copy(0, rows, self._step(end[rows], t[rows], labels))
+            t = t.index_copy(0, rows, self._previous[t[rows]])
         ratio = sigma_end / sigma
         target = (end - ratio * sample) / (alpha_end - ratio * alpha)
         is_last = (timesteps == self.timesteps[-1])[:, None, None, None]  # the student's step that ends at the image
@@ -214,18 +244,30 @@ class DDIMTeacher:
 
     def _step(self, sample: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """Take one DDIM step of the teacher as its pipeline does: guided, x̂_0 clipped, ε recomputed from x̂_0."""
+        output = self.unet(sample, timesteps, class_labels).sample.float()
         if class_labels is not None and self.guidance_scale > 1:
-            null_labels = torch.full_like(class_labels, self.unet.config.num_class_embeds - 1)
-            labels = torch.cat([class_labels, null_labels])
-            output = self.unet(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), labels).sample
-            cond, uncond = output.float().chunk(2)
-            is_guided = self._is_guided[timesteps][:, None, None, None]
-            output = torch.where(is_guided, uncond + self.guidance_scale * (cond - uncond), cond)
-        else:
-            output = self.unet(sample, timesteps, class_labels).sample.float()
-        stepped = self.scheduler.step(output, timesteps, sample.float(), use_clipped_model_output=True)
+            rows = self._is_guided[timesteps].nonzero().squeeze(1)
+            if len(rows):
+                null_labels = torch.full_like(class_labels[rows], self.unet.config.num_class_embeds - 1)
+                uncond = self.unet(sample[rows], timesteps[rows], null_labels).sample.float()
+                guided = uncond + self.guidance_scale * (output[rows] - uncond)
+                output = output.index_copy(0, rows, guided)
+        stepped = self.scheduler.step(output, timesteps, sample, use_clipped_model_output=True)
         prev_sample: torch.Tensor = stepped.prev_sample
         return prev_sample
+
+
+def refined_timesteps(timesteps: torch.Tensor, factor: int) -> list[int]:
+    """Return timesteps that hold the given ones and divide each step between them evenly into `factor` steps.
+
+    The last step leads to -1. `timesteps` are strictly descending, (N,) int64. A step that has fewer than `factor`
+    timesteps is divided into as many as it has.
+    """
+    refined: list[int] = []
+    for start, end in itertools.pairwise([*timesteps.tolist(), -1]):
+        count = min(factor, start - end)
+        refined += [start - round(i * (start - end) / count) for i in range(count)]
+    return refined
 
 
 def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[TrainCallback] = ()) -> list[Path]:
@@ -257,6 +299,8 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
     else:
         dataset = as_image_dataset(dataset, *columns)
     class_conditional = pipe.unet.config.num_class_embeds is not None
+    if config.student is not None:
+        _check_student(config, pipe)
     if class_conditional:
         _check_classes(config, pipe, dataset)
     # The margin beyond [-1, 1] that the teacher was trained with, see `beyond_saturation`.
@@ -266,26 +310,31 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
     black, white = saturated_levels(dataset)
     saturation = (margin * config.saturate, black is not None, white is not None)
 
+    source = load_pipeline(config.teacher)
+    teachers = []
+    for steps in step_counts:
+        taken = _teacher_timesteps(config, source, steps)
+        teacher = DDIMTeacher(source, steps, **guidance, saturation=saturation, teacher_timesteps=taken)
+        teacher.run_settings |= {"saturate": config.saturate, "distilled_from": config.teacher}
+        if config.student is not None:
+            teacher.run_settings["student"] = config.student
+        teachers.append(teacher)
+
     rank, _ = process_rank()
     if rank == 0:
-        first_teacher = DDIMTeacher(load_pipeline(config.teacher), step_counts[0], **guidance)
-        minutes = _estimate(config, pipe.unet, first_teacher, rounds) / 60
+        minutes = _estimate(config, pipe.unet, teachers, rounds) / 60
         print(
-            f"{config.teacher}: {2 * step_counts[0]} steps to {', '.join(map(str, step_counts))}; about {minutes:.0f} "
-            f"minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
+            f"{config.teacher}: {len(teachers[-1].scheduler.timesteps)} steps to {', '.join(map(str, step_counts))}; "
+            f"about {minutes:.0f} minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
             file=sys.stderr,
         )
-    teacher_name = config.teacher
-    for steps, train_config in zip(step_counts, rounds, strict=True):
-        train_config = dataclasses.replace(train_config, pretrained_model_name_or_path=teacher_name)
-        # Only the first teacher is guided and saturated; its students have learned both.
-        options = {**guidance, "saturation": saturation} if teacher_name == config.teacher else {}
-        teacher = DDIMTeacher(load_pipeline(teacher_name), steps, **options)
-        teacher.run_settings |= {**guidance, "saturate": config.saturate, "distilled_from": config.teacher}
+    previous = config.student or config.teacher
+    for teacher, train_config in zip(teachers, rounds, strict=True):
+        train_config = dataclasses.replace(train_config, pretrained_model_name_or_path=previous)
         folder = start_run(train_config, GivenParts(dataset=dataset, callbacks=tuple(callbacks), teacher=teacher))
         if rank == 0 and config.num_evaluation_images:
             _evaluate(config, folder)
-        teacher_name = str(folder)
+        previous = str(folder)
     return [train_config.output_dir for train_config in rounds]
 
 
@@ -294,10 +343,10 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
     last, num_train_timesteps = config.num_inference_steps, pipe.scheduler.config.num_train_timesteps
     # A distilled teacher samples in its own number of steps only.
     own = distilled_steps(pipe.config)
-    first = own or min(UNDISTILLED_TEACHER_STEPS, num_train_timesteps)
-    rounds = config.rounds or max(1, (first // last).bit_length() - 1)
+    first = own or min(2 * FIRST_STUDENT_STEPS, num_train_timesteps)
+    rounds = config.rounds or (1 if config.student else max(1, (first // last).bit_length() - 1))
     start = last * 2**rounds
-    if own is not None and start != own:
+    if own is not None and own % start:
         allowed = [own >> i for i in range(1, own.bit_length()) if own % 2**i == 0]
         raise ValueError(
             f"num_inference_steps={last} with rounds={rounds} needs a teacher of {start} steps, but {config.teacher} "
@@ -309,7 +358,44 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
             f"num_inference_steps={last} with rounds={rounds} needs a teacher of {start} steps, but {config.teacher} "
             f"has {num_train_timesteps} noise levels. Use fewer rounds."
         )
+    lowest, highest = (start, num_train_timesteps) if own is None else (own, own)
+    if config.teacher_steps is not None and not lowest <= config.teacher_steps <= highest:
+        raise ValueError(
+            f"teacher_steps={config.teacher_steps} must be "
+            + (
+                f"omitted: {config.teacher} is distilled, and samples in {own}."
+                if own is not None
+                else f"within [{lowest}, {highest}]: at least twice the steps of the first student, at most every one."
+            )
+        )
     return [last * 2**i for i in reversed(range(rounds))]
+
+
+def _teacher_timesteps(config: DistillConfig, pipe: Any, steps: int) -> list[int]:
+    """Return the teacher's timesteps for a student of `steps` steps: the student's own, with others between them."""
+    scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
+    own = distilled_steps(pipe.config)
+    scheduler.set_timesteps(own or steps)
+    if own is not None:
+        return scheduler.timesteps.tolist()  # type: ignore[no-any-return]
+    count = config.teacher_steps or max(DEFAULT_TEACHER_STEPS, 2 * steps)
+    return refined_timesteps(scheduler.timesteps, math.ceil(count / steps))
+
+
+def _check_student(config: DistillConfig, pipe: Any) -> None:
+    """Raise a `ValueError` if the weights of `config.student` were made for other noise levels or other classes."""
+    student = load_pipeline(str(config.student))
+    if not (
+        torch.equal(student.scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+        and student.scheduler.config.timestep_spacing == pipe.scheduler.config.timestep_spacing
+        and student.unet.config.num_class_embeds == pipe.unet.config.num_class_embeds
+        and student.unet.config.sample_size == pipe.unet.config.sample_size
+        and student.unet.config.in_channels == pipe.unet.config.in_channels
+    ):
+        raise ValueError(
+            f"student={config.student!r} does not fit {config.teacher}: noise schedule, timestep spacing, image size "
+            "and classes must be the same. Use a pipeline that was distilled from it."
+        )
 
 
 def _check_classes(config: DistillConfig, pipe: Any, dataset: ImageDataset) -> None:
@@ -324,28 +410,28 @@ def _check_classes(config: DistillConfig, pipe: Any, dataset: ImageDataset) -> N
         )
 
 
-def _estimate(config: DistillConfig, student: Any, teacher: DDIMTeacher, rounds: list[TrainConfig]) -> float:
+def _estimate(
+    config: DistillConfig, student: Any, teachers: Sequence[DDIMTeacher], rounds: Sequence[TrainConfig]
+) -> float:
     """Return about how many seconds the rest of the rounds takes, without compilation.
 
-    Small batches of the first two rounds are timed. All later rounds are like the second: their teachers are not
-    guided. `student`, a network, and the first `teacher` are changed; they are of no use afterwards.
+    Small batches of each round are timed. `student`, a network, and the teachers are changed; they are of no use
+    afterwards.
     """
     device = find_device(config.device)
     precision = resolve_precision(config.mixed_precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     student = student.to(device, memory_format=torch.channels_last).train()
-    teacher.prepare(device, compiled=False)
     batch_size, size = 16, student.config.sample_size
     shape = (batch_size, student.config.in_channels, *((size, size) if isinstance(size, int) else size))
     class_labels = None
     if student.config.num_class_embeds is not None:
         class_labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-    timesteps = teacher.timesteps.to(device).repeat(batch_size)[:batch_size]
-    total = seconds_per_image = 0.0
-    for index, train_config in enumerate(rounds):
-        if index == 1:
-            teacher.guidance_scale = 1.0
-        for _ in range(2 if index < 2 else 0):  # the first batch warms up
+    total = 0.0
+    for index, (teacher, train_config) in enumerate(zip(teachers, rounds, strict=True)):
+        teacher.prepare(device, compiled=False)
+        timesteps = teacher.timesteps.to(device).repeat(batch_size)[:batch_size]
+        for _ in range(2 if index == 0 else 1):  # the very first batch warms up
             started = time.perf_counter()
             images, noise = torch.randn(2, *shape, device=device)
             with torch.autocast(device.type, dtype, enabled=precision != "no"):
