@@ -40,6 +40,7 @@ TESTS = {
         "test_distillation.py", "-k",
         "optimum or targets_are or cannot_teach or without_options or estimate or cannot_be_distilled",
     ],
+    "training/adversarial": ["test_adversarial.py"],
     "options": ["test_cli.py"],
     "data": ["test_data.py"],
     "folders": ["test_data.py"],

@@ -172,7 +172,8 @@ def test_a_teacher_that_cannot_teach(tiny_unet):
         DDIMTeacher(MiniDDPMPipeline(unet, MiniDDIMScheduler(prediction_type="epsilon")), 4)
     leading = MiniDDIMScheduler(prediction_type="v_prediction", timestep_spacing="leading")
     with pytest.raises(
-        ValueError, match=r"timestep_spacing='leading': the 3 timesteps.*among the 6 of the teacher.*timestep_spacing='trailing'"
+        ValueError,
+        match=r"timestep_spacing='leading': the 3 timesteps.*among the 6 of the teacher.*timestep_spacing='trailing'",
     ):
         DDIMTeacher(MiniDDPMPipeline(unet, leading), 3)
 
@@ -249,7 +250,7 @@ def test_the_estimate_adds_up_what_is_left(tiny_unet, monkeypatch, tmp_path, gui
     every.set_timesteps(16)
     taken = every.timesteps.tolist()
     teachers = [DDIMTeacher(pipe, n, guidance or 1.0, (0.5, 1), (0, False, False), taken) for n in counts]
-    seconds = _estimate(config, student_unet, teachers, rounds)
+    seconds = _estimate(config, student_unet, pipe.scheduler, teachers, rounds)
 
     # An image goes 16/N times through the teacher of N steps, half of the steps guided and so twice, and once through
     # the student. An optimizer step sees twelve images, spread evenly over the student's steps.

@@ -39,9 +39,11 @@ from ..data import ImageDataset, as_image_dataset, image_dataset
 from ..hub.load import load_pipeline
 from ..options import check_fields, distilled_steps, find_device, process_rank, resolve_guidance, resolve_precision
 from ..schedulers.scheduling_mini_ddim import MiniDDIMScheduler
+from .adversarial import AdversarialTeacher
 from .callbacks import TrainCallback
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import RANGES, RunConfig, TrainConfig
+from .loop import Teacher
 from .loss import compute_loss, saturate, saturated_levels
 from .train import GivenParts, start_run
 
@@ -80,6 +82,8 @@ class DistillConfig(RunConfig):
     guidance_interval: tuple[float, float] | None = None
     """Distil guidance only between these shares of the steps (0: noise, 1: image). Default: the pipeline's
     own if --guidance-scale is not given, else every step."""
+    adversarial_weight: float = 0.0
+    """Weight of the loss of a critic that tells the last student's images from those of the dataset. 0: none."""
     saturate: bool = True
     """Push near-black and near-white targets past the range, so flat areas stay flat. Off: they come out mottled."""
 
@@ -107,7 +111,7 @@ class DistillConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise a `ValueError` for a value that cannot work: it names the field, the value and what is allowed."""
         counts = ("num_inference_steps", "rounds", "images_per_round", "teacher_steps")
-        own = dict.fromkeys(counts, (1, None))
+        own: dict[str, Any] = dict.fromkeys(counts, (1, None)) | {"adversarial_weight": (0, None)}
         check_fields(self, {**RANGES, **own, "num_evaluation_images": (0, None), "guidance_scale": (0, None)})
 
     def train_config(
@@ -200,6 +204,7 @@ class DDIMTeacher:
             "guidance_scale": guidance_scale,
             "guidance_interval": guidance_interval,
         }
+        self.trained_parts: list[Any] = []
         self.pipeline_defaults: dict[str, Any] = {"default_num_inference_steps": num_inference_steps}
         if self.unet.config.num_class_embeds is not None:
             self.pipeline_defaults["default_guidance_scale"] = 1.0
@@ -311,27 +316,35 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
     saturation = (margin * config.saturate, black is not None, white is not None)
 
     source = load_pipeline(config.teacher)
-    teachers = []
+    teachers: list[Any] = []
     for steps in step_counts:
-        taken = _teacher_timesteps(config, source, steps)
-        teacher = DDIMTeacher(source, steps, **guidance, saturation=saturation, teacher_timesteps=taken)
+        timesteps = _teacher_timesteps(config, source, steps)
+        teacher = DDIMTeacher(source, steps, **guidance, saturation=saturation, teacher_timesteps=timesteps)
         teacher.run_settings |= {"saturate": config.saturate, "distilled_from": config.teacher}
         if config.student is not None:
             teacher.run_settings["student"] = config.student
-        teachers.append(teacher)
+        if config.adversarial_weight and steps == step_counts[-1]:
+            student_scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
+            student_scheduler.set_timesteps(steps)
+            teachers.append(AdversarialTeacher(teacher, student_scheduler, config.adversarial_weight))
+        else:
+            teachers.append(teacher)
 
     rank, _ = process_rank()
     if rank == 0:
-        minutes = _estimate(config, pipe.unet, teachers, rounds) / 60
+        minutes = _estimate(config, pipe.unet, pipe.scheduler, teachers, rounds) / 60
+        taken = teachers[-1].run_settings["teacher_steps"]
         print(
-            f"{config.teacher}: {len(teachers[-1].scheduler.timesteps)} steps to {', '.join(map(str, step_counts))}; "
+            f"{config.teacher}: {taken} steps to {', '.join(map(str, step_counts))}; "
             f"about {minutes:.0f} minutes{' before compilation speeds it up' if config.torch_compile else ''}.",
             file=sys.stderr,
         )
     previous = config.student or config.teacher
     for teacher, train_config in zip(teachers, rounds, strict=True):
         train_config = dataclasses.replace(train_config, pretrained_model_name_or_path=previous)
-        folder = start_run(train_config, GivenParts(dataset=dataset, callbacks=tuple(callbacks), teacher=teacher))
+        loss_fn = teacher.loss if isinstance(teacher, AdversarialTeacher) else None
+        parts = GivenParts(dataset=dataset, loss_fn=loss_fn, callbacks=tuple(callbacks), teacher=teacher)
+        folder = start_run(train_config, parts)
         if rank == 0 and config.num_evaluation_images:
             _evaluate(config, folder)
         previous = str(folder)
@@ -411,7 +424,7 @@ def _check_classes(config: DistillConfig, pipe: Any, dataset: ImageDataset) -> N
 
 
 def _estimate(
-    config: DistillConfig, student: Any, teachers: Sequence[DDIMTeacher], rounds: Sequence[TrainConfig]
+    config: DistillConfig, student: Any, scheduler: Any, teachers: Sequence[Teacher], rounds: Sequence[TrainConfig]
 ) -> float:
     """Return about how many seconds the rest of the rounds takes, without compilation.
 
@@ -436,7 +449,8 @@ def _estimate(
             images, noise = torch.randn(2, *shape, device=device)
             with torch.autocast(device.type, dtype, enabled=precision != "no"):
                 images, noise = teacher(images.clamp(-1, 1), noise, timesteps, class_labels)
-                loss = compute_loss(student, teacher.scheduler, images, noise, timesteps, class_labels)
+                loss_fn = teacher.loss if isinstance(teacher, AdversarialTeacher) else compute_loss
+                loss = loss_fn(student, scheduler, images, noise, timesteps, class_labels).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())  # waits for the device
             seconds_per_image = (time.perf_counter() - started) / batch_size

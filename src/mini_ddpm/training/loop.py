@@ -57,6 +57,8 @@ class Teacher(Protocol):
     """`default_...` arguments of the pipeline that is saved."""
     snr_floor: float
     """See [`compute_loss`]."""
+    trained_parts: list[Any]
+    """Modules and optimizers that it trains itself. The loop prepares them, and its checkpoints hold them."""
 
     def prepare(self, device: torch.device, compiled: bool) -> None:
         """Move to `device`, and compile the networks if `compiled`. Called once, before the first step."""
@@ -121,6 +123,8 @@ class TrainingLoop:
             # In place: the keys of the weights stay, so runs with and without it can share checkpoints.
             self.unet.compile()
         self.model, self.optimizer = accelerator.prepare(self.unet, self.optimizer)
+        if run.teacher is not None and run.teacher.trained_parts:
+            run.teacher.trained_parts = list(accelerator.prepare(*run.teacher.trained_parts))
         self.ema = EMAModel(
             self.unet.parameters(), decay=config.ema_max_decay, use_ema_warmup=True, power=EMA_POWER, foreach=True
         )

@@ -47,7 +47,22 @@ def compute_loss(
     Raises:
         ValueError: The network's output and the target differ in shape (a learned variance is not supported).
     """
-    noisy_images = scheduler.add_noise(images, noise, timesteps)
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    prediction = unet(scheduler.add_noise(images, noise, timesteps), timesteps, **labels).sample
+    losses = prediction_losses(prediction, scheduler, images, noise, timesteps, snr_gamma, snr_floor)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def prediction_losses(
+    prediction: torch.Tensor,
+    scheduler: Any,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    snr_gamma: float | None = None,
+    snr_floor: float | None = None,
+) -> torch.Tensor:
+    """Return the loss of each image, (B,), of what a network predicted; see [`compute_loss`]."""
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
         target = noise
@@ -55,9 +70,6 @@ def compute_loss(
         target = images
     else:
         target = scheduler.get_velocity(images, noise, timesteps)
-
-    labels = {} if class_labels is None else {"class_labels": class_labels}
-    prediction = unet(noisy_images, timesteps, **labels).sample
     if prediction.shape != target.shape:
         raise ValueError(
             f"The network predicts {tuple(prediction.shape)}, but the target is {tuple(target.shape)}. Use a network "
@@ -70,7 +82,7 @@ def compute_loss(
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
         # Without any signal, where SNR = 0, clamped SNR / SNR is 0 / 0: its limit is 1.
         losses = losses * (snr.clamp(min=snr_floor, max=snr_gamma) / divisor).nan_to_num(1.0, posinf=float("inf"))
-    return losses.mean() if reduction == "mean" else losses
+    return losses
 
 
 Levels = tuple[int | None, int | None]
