@@ -290,10 +290,16 @@ def test_the_table_of_distillation_is_that_of_its_run(benchmark):
         cells = f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row['fid']:.2f} |"
         assert any(line.startswith(cells) for line in table.splitlines()), cells
     check_protocol(rows)
-    # 10,000 images in bf16 on the page; what ships was measured in fp32, and is in half precision.
-    (told,) = re.findall(r"students score [\d.]+, [\d.]+,\s([\d.]+) and", page("docs/distillation.md"))
-    shipped = json.loads((mini_ddpm.PRETRAINED / "mnist-distilled" / "evaluation.json").read_text(encoding="utf-8"))
-    assert shipped[-1]["fid"] == pytest.approx(float(told), rel=0.01)
+    # Above it stands what ships, and its teacher.
+    shown = table_after(page("docs/distillation.md"), "| Steps | Pipeline |")
+    for row, name in zip(shown, ("mnist-distilled", "mnist-class-conditional"), strict=True):
+        measured = json.loads((mini_ddpm.PRETRAINED / name / "evaluation.json").read_text(encoding="utf-8"))[1]
+        assert (row["Steps"], row["U-Net evaluations"]) == (
+            str(measured["num_inference_steps"]), str(measured["unet_evaluations"])
+        )  # fmt: skip
+        for key in ("fid", "kid", "precision", "recall", "coverage", "class_accuracy"):
+            title, reading = COLUMNS[key]
+            assert row[title].replace(" %", "%") == reading.format(measured[key])
 
 
 def test_the_table_of_samplers_is_that_of_its_run():

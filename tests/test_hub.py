@@ -316,6 +316,7 @@ def test_facts_of_the_weights(run_folder, tmp_path):
         ({"distilled_from": "../teacher"}, {}),
         ({"guidance_scale": 1.5, "guidance_interval": [0, 1]}, {"guidance_scale": 1.5}),
         ({"guidance_interval": [0.35, 0.6]}, {"guidance_interval": [0.35, 0.6]}),
+        ({"teacher_steps": 20, "adversarial_weight": 0.05}, {"teacher_steps": 20, "adversarial_weight": 0.05}),
         ({"class_dropout_prob": 0.1, "mixed_precision": "auto", "snr_gamma": None}, {}),
     ],
 )

@@ -165,7 +165,8 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     """Return the facts that a training run's own files tell."""
     config = read_json(folder / "train_config.json")
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
-    keys += ["mixed_precision", "seed", "guidance_scale", "guidance_interval"]  # guidance: of a distilled pipeline
+    keys += ["mixed_precision", "seed"]
+    keys += ["teacher_steps", "guidance_scale", "guidance_interval", "adversarial_weight"]  # of a distilled pipeline
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto", [0, 1])}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config.get("class_dropout_prob")
