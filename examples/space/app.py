@@ -59,6 +59,7 @@ def draw(text, seed, degrees):
     latents = noise(len(labels), int(seed), degrees)
     result = pipe(labels, latents=latents, output_type="pt", return_trajectory=True)
     film = (result.latents_trajectory / 2 + 0.5).clamp(0, 1)
+    film[-1] = result.images  # in which white is the white of the dataset
     return to_image(row(text, result.images)), to_image(np.concatenate([row(text, frame) for frame in film]))
 
 
