@@ -317,6 +317,24 @@ def two_processes():
     return ("-m", "torch.distributed.run", "--nproc-per-node=2", *address)
 
 
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Make a method of a class raise `KeyboardInterrupt` at one of its calls; those after it work again."""
+
+    def patch(cls, name, call):
+        method, left = getattr(cls, name), [call]
+
+        def cut_off(self, *args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return method(self, *args)
+
+        monkeypatch.setattr(cls, name, cut_off)
+
+    return patch
+
+
 @pytest.fixture(scope="session")
 def benchmark():
     """Import a script of benchmarks/ by name."""

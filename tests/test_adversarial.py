@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import weights
+from conftest import assert_equal_weights, weights
 
 from mini_ddpm import MiniDDIMScheduler, MiniDDPMClassConditionalPipeline, load_pipeline
 from mini_ddpm.training.adversarial import LEVELS, AdversarialTeacher
@@ -23,9 +23,7 @@ def round_of(tiny_unet):
         torch.manual_seed(0)
         scheduler = MiniDDIMScheduler(prediction_type=prediction_type, clip_sample_range=1.1)
         pipe = MiniDDPMClassConditionalPipeline(tiny_unet(), scheduler)
-        student_scheduler = MiniDDIMScheduler.from_config(scheduler.config)
-        student_scheduler.set_timesteps(steps)
-        teacher = AdversarialTeacher(DDIMTeacher(pipe, steps), student_scheduler, weight)
+        teacher = AdversarialTeacher(DDIMTeacher(pipe, steps), weight)
         teacher.prepare(torch.device("cpu"), compiled=False)
         generator = torch.Generator().manual_seed(1)
         images, noise = torch.randn(2, 8, 1, 8, 8, generator=generator).clamp(-1, 1)
@@ -117,7 +115,7 @@ def test_networks_without_the_blocks_are_refused(round_of):
     teacher, *_ = round_of(1)
     del teacher.teacher.unet.mid_block
     with pytest.raises(ValueError, match="adversarial_weight needs a network with mid_block and up_blocks"):
-        AdversarialTeacher(teacher.teacher, teacher.scheduler, 0.1)
+        AdversarialTeacher(teacher.teacher, 0.1)
 
 
 @pytest.fixture
@@ -149,7 +147,7 @@ def tiny_teacher(tiny_unet, tmp_path):
     return tmp_path / "teacher"
 
 
-def test_the_last_round_has_a_critic_and_resumes_exactly(config, monkeypatch):
+def test_the_last_round_has_a_critic_and_resumes_exactly(config, monkeypatch, interrupt):
     whole = distill(dataclasses.replace(config, output_dir=config.output_dir.with_name("whole")))
     settings = [json.loads((folder / "train_config.json").read_text()) for folder in whole]
     assert [each.get("adversarial_weight") for each in settings] == [None, 0.05]
@@ -159,21 +157,12 @@ def test_the_last_round_has_a_critic_and_resumes_exactly(config, monkeypatch):
     assert same == [True, False]
 
     monkeypatch.setattr("mini_ddpm.training.distill._estimate", lambda *args: 0.0)
-    loss, left = AdversarialTeacher.loss, [13]  # after a checkpoint of the second round
-
-    def cut_off(self, *args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return loss(self, *args)
-
-    monkeypatch.setattr(AdversarialTeacher, "loss", cut_off)
+    interrupt(AdversarialTeacher, "loss", 13)  # after a checkpoint of the second round
     with pytest.raises(KeyboardInterrupt):
         distill(config)
     cut = distill(config)
     for one, other in zip(whole, cut, strict=True):
-        expected = weights(one)
-        assert [key for key, tensor in weights(other).items() if not torch.equal(tensor, expected[key])] == []
+        assert_equal_weights(one, other)
     assert load_pipeline(cut[-1]).config["default_num_inference_steps"] == 1
     with pytest.raises(ValueError, match=r"holds a run with adversarial_weight=0.05, not 0.1"):
         distill(dataclasses.replace(config, adversarial_weight=0.1))

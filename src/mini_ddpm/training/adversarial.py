@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .loss import prediction_losses
+from .loss import noise_and_predict, prediction_losses
 
 WIDTH = 64
 LEARNING_RATE = 5e-4
@@ -60,18 +60,15 @@ class AdversarialTeacher:
 
     Args:
         teacher: Gives the targets, as [`DDIMTeacher`] does; the critic looks at the activations of its network.
-        student_scheduler: A `MiniDDIMScheduler` that is set to the steps of the student.
         weight: w, above 0.
     """
 
-    def __init__(self, teacher: Any, student_scheduler: Any, weight: float) -> None:
-        self.teacher, self.scheduler, self.weight = teacher, student_scheduler, weight
-        self.timesteps, self.snr_floor = teacher.timesteps, teacher.snr_floor
+    def __init__(self, teacher: Any, weight: float) -> None:
+        self.teacher, self.scheduler, self.weight = teacher, teacher.student_scheduler, weight
+        self.timesteps = teacher.timesteps
         self.run_settings = teacher.run_settings | {"adversarial_weight": weight}
         self.pipeline_defaults = teacher.pipeline_defaults
-        total = student_scheduler.config.num_train_timesteps
-        self._ends = student_scheduler.previous_timestep(torch.arange(total))  # by t
-        self._levels = [round(share * total) for share in LEVELS]
+        self._levels = [round(share * self.scheduler.config.num_train_timesteps) for share in LEVELS]
         self._real: torch.Tensor | None = None
         unet = teacher.unet
         if not (hasattr(unet, "mid_block") and hasattr(unet, "up_blocks")):
@@ -84,15 +81,16 @@ class AdversarialTeacher:
     def prepare(self, device: torch.device, compiled: bool) -> None:
         """Make a new critic on `device`, move there, and compile the teacher's network if `compiled`."""
         self.teacher.prepare(device, compiled)
-        self._ends = self._ends.to(device)
         widths = self.teacher.unet.config.block_out_channels
         critic = Critic([widths[-1], widths[0]]).to(device)
         self.trained_parts = [critic, torch.optim.Adam(critic.parameters(), LEARNING_RATE, (0.0, 0.99))]
 
-    def __call__(self, images: torch.Tensor, *batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the target and the noise of [`DDIMTeacher`]. The images are kept for the next call of `loss`."""
         self._real = images
-        target: tuple[torch.Tensor, torch.Tensor] = self.teacher(images, *batch)
+        target: tuple[torch.Tensor, torch.Tensor] = self.teacher(images, noise, timesteps, class_labels)
         return target
 
     def loss(
@@ -108,14 +106,13 @@ class AdversarialTeacher:
 
         Where gradients are recorded, the critic takes a step of its own first.
         """
-        sample = scheduler.add_noise(images, noise, timesteps)
-        labels = {} if class_labels is None else {"class_labels": class_labels}
-        prediction = unet(sample, timesteps, **labels).sample
-        losses = prediction_losses(prediction, scheduler, images, noise, timesteps, snr_floor=self.snr_floor)
+        sample, prediction = noise_and_predict(unet, scheduler, images, noise, timesteps, class_labels)
+        snr_floor = self.teacher.snr_floor
+        losses = prediction_losses(prediction, scheduler, images, noise, timesteps, snr_floor=snr_floor)
         if not torch.is_grad_enabled():  # a validation loss
             return losses
         stepped = self.scheduler.step(prediction.float(), timesteps, sample.float(), use_clipped_model_output=True)
-        generated, levels = stepped.prev_sample, self._ends[timesteps]
+        generated, levels = stepped.prev_sample, self.teacher.end[timesteps]
         is_image = levels < 0
         levels = torch.where(is_image, torch.randint_like(levels, *self._levels), levels)
         noised = self.scheduler.add_noise(generated, torch.randn_like(generated), levels)

@@ -23,6 +23,7 @@ A round is a training run with a teacher: the loop, the checkpoints and the log 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -158,6 +159,7 @@ class DDIMTeacher:
 
     # With `max(SNR, 1)` the loss is that of x_0, and does not vanish where z_t is all noise (eq. 9).
     snr_floor = 1.0
+    loss = staticmethod(functools.partial(compute_loss, snr_floor=snr_floor, reduction="none"))
 
     def __init__(
         self,
@@ -174,10 +176,10 @@ class DDIMTeacher:
                 "prediction_type='epsilon' cannot be distilled: at the first step, where z_t is all noise, a predicted"
                 " noise determines no x_0. Use a teacher trained with prediction_type 'v_prediction' or 'sample'."
             )
-        student_scheduler = MiniDDIMScheduler.from_config(scheduler.config)
-        student_scheduler.set_timesteps(num_inference_steps)
-        self.timesteps = student_scheduler.timesteps
-        total = student_scheduler.config.num_train_timesteps
+        self.student_scheduler = MiniDDIMScheduler.from_config(scheduler.config)
+        self.student_scheduler.set_timesteps(num_inference_steps)
+        self.timesteps = self.student_scheduler.timesteps
+        total = self.student_scheduler.config.num_train_timesteps
         scheduler.set_timesteps(None if teacher_timesteps else 2 * num_inference_steps, timesteps=teacher_timesteps)
         if not torch.isin(self.timesteps, scheduler.timesteps).all():
             raise ValueError(
@@ -187,7 +189,10 @@ class DDIMTeacher:
             )
         # By t: the timestep to which the teacher's step leads, and the one to which the student's step leads.
         every_t = torch.arange(total)
-        self._previous, self._end = scheduler.previous_timestep(every_t), student_scheduler.previous_timestep(every_t)
+        self._previous, self.end = (
+            scheduler.previous_timestep(every_t),
+            self.student_scheduler.previous_timestep(every_t),
+        )
         shares = (total - 1 - scheduler.timesteps).double() / total
         self._is_guided = torch.zeros(total, dtype=torch.bool)  # by t
         self._is_guided[scheduler.timesteps] = (shares >= guidance_interval[0]) & (shares < guidance_interval[1])
@@ -210,16 +215,16 @@ class DDIMTeacher:
             self.pipeline_defaults["default_guidance_scale"] = 1.0
 
         self._saturation = saturation
-        alphas_cumprod = student_scheduler.alphas_cumprod.double()
-        final_alpha_cumprod = student_scheduler.final_alpha_cumprod.double()
-        at_end = torch.where(self._end < 0, final_alpha_cumprod, alphas_cumprod[self._end.clamp(min=0)])
+        alphas_cumprod = self.student_scheduler.alphas_cumprod.double()
+        final_alpha_cumprod = self.student_scheduler.final_alpha_cumprod.double()
+        at_end = torch.where(self.end < 0, final_alpha_cumprod, alphas_cumprod[self.end.clamp(min=0)])
         # α_t, σ_t, α_t'', σ_t'' by t
         self._coefficients = torch.stack([x.sqrt() for x in (alphas_cumprod, 1 - alphas_cumprod, at_end, 1 - at_end)])
 
     def prepare(self, device: torch.device, compiled: bool) -> None:
         """Move to `device`, and compile the network if `compiled`."""
         self.unet = self.unet.to(device=device, memory_format=torch.channels_last)
-        self._previous, self._end = self._previous.to(device), self._end.to(device)
+        self._previous, self.end = self._previous.to(device), self.end.to(device)
         self._is_guided, self._coefficients = self._is_guided.to(device), self._coefficients.float().to(device)
         if compiled:
             self.unet.compile()
@@ -237,7 +242,7 @@ class DDIMTeacher:
         end, t = sample.float(), timesteps
         # The steps of the student differ in how many of the teacher's they take: go on with the rows that have not
         # arrived.
-        while len(rows := (t > self._end[timesteps]).nonzero().squeeze(1)):
+        while len(rows := (t > self.end[timesteps]).nonzero().squeeze(1)):
             labels = None if class_labels is None else class_labels[rows]
             end = end.index_copy(0, rows, self._step(end[rows], t[rows], labels))
             t = t.index_copy(0, rows, self._previous[t[rows]])
@@ -315,24 +320,20 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
     black, white = saturated_levels(dataset)
     saturation = (margin * config.saturate, black is not None, white is not None)
 
-    source = load_pipeline(config.teacher)
-    teachers: list[Any] = []
+    teachers: list[Teacher] = []
     for steps in step_counts:
-        timesteps = _teacher_timesteps(config, source, steps)
-        teacher = DDIMTeacher(source, steps, **guidance, saturation=saturation, teacher_timesteps=timesteps)
+        timesteps = _teacher_timesteps(config, pipe, steps)
+        teacher: Teacher = DDIMTeacher(pipe, steps, **guidance, saturation=saturation, teacher_timesteps=timesteps)
         teacher.run_settings |= {"saturate": config.saturate, "distilled_from": config.teacher}
         if config.student is not None:
             teacher.run_settings["student"] = config.student
         if config.adversarial_weight and steps == step_counts[-1]:
-            student_scheduler = MiniDDIMScheduler.from_config(pipe.scheduler.config)
-            student_scheduler.set_timesteps(steps)
-            teachers.append(AdversarialTeacher(teacher, student_scheduler, config.adversarial_weight))
-        else:
-            teachers.append(teacher)
+            teacher = AdversarialTeacher(teacher, config.adversarial_weight)
+        teachers.append(teacher)
 
     rank, _ = process_rank()
     if rank == 0:
-        minutes = _estimate(config, pipe.unet, pipe.scheduler, teachers, rounds) / 60
+        minutes = _estimate(config, load_pipeline(config.teacher).unet, pipe.scheduler, teachers, rounds) / 60
         taken = teachers[-1].run_settings["teacher_steps"]
         print(
             f"{config.teacher}: {taken} steps to {', '.join(map(str, step_counts))}; "
@@ -342,9 +343,7 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
     previous = config.student or config.teacher
     for teacher, train_config in zip(teachers, rounds, strict=True):
         train_config = dataclasses.replace(train_config, pretrained_model_name_or_path=previous)
-        loss_fn = teacher.loss if isinstance(teacher, AdversarialTeacher) else None
-        parts = GivenParts(dataset=dataset, loss_fn=loss_fn, callbacks=tuple(callbacks), teacher=teacher)
-        folder = start_run(train_config, parts)
+        folder = start_run(train_config, GivenParts(dataset=dataset, callbacks=tuple(callbacks), teacher=teacher))
         if rank == 0 and config.num_evaluation_images:
             _evaluate(config, folder)
         previous = str(folder)
@@ -371,16 +370,15 @@ def _step_counts(config: DistillConfig, pipe: Any) -> list[int]:
             f"num_inference_steps={last} with rounds={rounds} needs a teacher of {start} steps, but {config.teacher} "
             f"has {num_train_timesteps} noise levels. Use fewer rounds."
         )
-    lowest, highest = (start, num_train_timesteps) if own is None else (own, own)
-    if config.teacher_steps is not None and not lowest <= config.teacher_steps <= highest:
-        raise ValueError(
-            f"teacher_steps={config.teacher_steps} must be "
-            + (
-                f"omitted: {config.teacher} is distilled, and samples in {own}."
-                if own is not None
-                else f"within [{lowest}, {highest}]: at least twice the steps of the first student, at most every one."
+    if config.teacher_steps not in (None, own):
+        told = f"teacher_steps={config.teacher_steps} must be"
+        if own is not None:
+            raise ValueError(f"{told} omitted: {config.teacher} is distilled, and samples in {own}.")
+        if not start <= config.teacher_steps <= num_train_timesteps:
+            raise ValueError(
+                f"{told} within [{start}, {num_train_timesteps}]: at least twice the steps of the first student, at "
+                "most every one."
             )
-        )
     return [last * 2**i for i in reversed(range(rounds))]
 
 
@@ -449,8 +447,7 @@ def _estimate(
             images, noise = torch.randn(2, *shape, device=device)
             with torch.autocast(device.type, dtype, enabled=precision != "no"):
                 images, noise = teacher(images.clamp(-1, 1), noise, timesteps, class_labels)
-                loss_fn = teacher.loss if isinstance(teacher, AdversarialTeacher) else compute_loss
-                loss = loss_fn(student, scheduler, images, noise, timesteps, class_labels).mean()
+                loss = teacher.loss(student, scheduler, images, noise, timesteps, class_labels).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             float(loss.detach())  # waits for the device
             seconds_per_image = (time.perf_counter() - started) / batch_size

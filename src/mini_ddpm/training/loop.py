@@ -55,10 +55,12 @@ class Teacher(Protocol):
     """Settings of the distillation for `train_config.json`. A resumed run must not change them."""
     pipeline_defaults: dict[str, Any]
     """`default_...` arguments of the pipeline that is saved."""
-    snr_floor: float
-    """See [`compute_loss`]."""
     trained_parts: list[Any]
     """Modules and optimizers that it trains itself. The loop prepares them, and its checkpoints hold them."""
+
+    @property
+    def loss(self) -> LossFunction:
+        """The loss of the round."""
 
     def prepare(self, device: torch.device, compiled: bool) -> None:
         """Move to `device`, and compile the networks if `compiled`. Called once, before the first step."""

@@ -47,10 +47,23 @@ def compute_loss(
     Raises:
         ValueError: The network's output and the target differ in shape (a learned variance is not supported).
     """
-    labels = {} if class_labels is None else {"class_labels": class_labels}
-    prediction = unet(scheduler.add_noise(images, noise, timesteps), timesteps, **labels).sample
+    _, prediction = noise_and_predict(unet, scheduler, images, noise, timesteps, class_labels)
     losses = prediction_losses(prediction, scheduler, images, noise, timesteps, snr_gamma, snr_floor)
     return losses.mean() if reduction == "mean" else losses
+
+
+def noise_and_predict(
+    unet: nn.Module,
+    scheduler: Any,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x_t and what the network predicts from it, (B, C, H, W) each; see [`compute_loss`]."""
+    noisy_images = scheduler.add_noise(images, noise, timesteps)
+    labels = {} if class_labels is None else {"class_labels": class_labels}
+    return noisy_images, unet(noisy_images, timesteps, **labels).sample
 
 
 def prediction_losses(

@@ -150,8 +150,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, given: GivenParts, sig
     if teacher is not None:
         teacher.prepare(accelerator.device, config.torch_compile)
     pipeline = new_pipeline(config, dataset, levels, unet, scheduler, teacher.pipeline_defaults if teacher else {})
-    loss_fn = given.loss_fn or functools.partial(
-        compute_loss, snr_gamma=config.snr_gamma, snr_floor=teacher.snr_floor if teacher else None, reduction="none"
+    loss_fn = given.loss_fn or (
+        teacher.loss if teacher else functools.partial(compute_loss, snr_gamma=config.snr_gamma, reduction="none")
     )
 
     # 3. The folder. Nothing was written before this line.
