@@ -93,7 +93,7 @@ class Args:
         num_inference_steps: Steps of DDIM, in all tables but that of the samplers.
         max_steps: Leaves out the samplers' rows of more steps.
         pipelines: Pipelines of the samplers' table; the first is the teacher of that of distillation.
-        students: What `mini-ddpm distill` wrote.
+        students: Distilled pipelines, one for each number of steps.
         train_batch_size: Images per step, but for the rows that change it.
         feature_extractor: inception, or a vision model of transformers.
         feature_dtype: Precision of the feature network.
@@ -115,7 +115,7 @@ class Args:
     num_inference_steps: int = 50
     max_steps: int = 1000
     pipelines: tuple[str, ...] = ("mnist-class-conditional", "mnist")
-    students: Path = Path("runs/distilled")
+    students: tuple[str, ...] = ("mnist-distilled",)
     train_batch_size: int = 64
     feature_extractor: str = "inception"
     feature_dtype: Literal["fp32", "bf16"] = "bf16"
@@ -227,39 +227,36 @@ def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
 
 
 def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
-    """By number of steps: the student; its teacher with DDIM and DPM-Solver++, guided."""
-    folders = sorted(args.students.glob("steps-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    if not folders:
-        raise ValueError(f"There are no students in {args.students}. Make some: mini-ddpm distill --help.")
-    teacher, counts = args.pipelines[0], [int(folder.name.split("-")[1]) for folder in folders]
-    options: dict[str, Any] = {"output_dir": args.runs / "distillation" / "teacher"}
-    taught = json.loads((folders[0] / "train_config.json").read_text())
-    guidance = {"guidance_scale": taught["guidance_scale"]}
-    guidance |= {"guidance_interval": tuple(taught.get("guidance_interval", (0, 1)))}
-    options |= guidance
+    """By number of steps: the students; their teacher with DDIM, from four steps on; the teacher as it is called."""
+    teacher = args.pipelines[0]
     if distilled_steps(load_pipeline(teacher).config):
         raise ValueError(f"{teacher} is a student itself.")
-    for folder, steps in zip(folders, counts, strict=True):
-        rows = measure(args, str(folder), (steps,), output_dir=args.runs / "distillation" / folder.name)
+    students: dict[int, str] = {}
+    for name in args.students:
+        steps = distilled_steps(load_pipeline(name).config)
+        if not steps:
+            raise ValueError(f"{name} is no student. Make some: mini-ddpm distill --help.")
+        students[steps] = name
+    students = dict(sorted(students.items()))
+    folder = args.runs / "distillation"
+    for steps, name in students.items():
+        rows = measure(args, name, (steps,), output_dir=folder / f"steps-{steps}")
         yield {"variant": "student", **rows[-1]}
-    all_counts = tuple(count for count in (*counts, 50) if count <= args.max_steps)
-    for row in measure(args, teacher, all_counts, ("ddim", "dpmsolver++"), **options):
-        yield {"variant": "teacher", **row}
-    picture(args, teacher, guidance, folders, counts)
+    for counts in (tuple(steps for steps in students if steps >= 4), ()):
+        for row in measure(args, teacher, counts, output_dir=folder / "teacher"):
+            yield {"variant": "teacher", **row}
+    picture(args, {**students, 50: teacher})
 
 
-def picture(args: Args, teacher: str, guidance: dict[str, Any], folders: list[Path], counts: list[int]) -> None:
-    """Up to ten classes from one noise, by each student and by the teacher in 50 steps: RESULTS/distillation.png."""
+def picture(args: Args, pipelines: dict[int, str]) -> None:
+    """Up to ten classes from one noise, by each of the pipelines: RESULTS/distillation.png."""
     drawn = []
-    for name, options in (
-        *((str(folder), {}) for folder in folders),
-        (teacher, {**guidance, "num_inference_steps": 50}),
-    ):
+    for name in pipelines.values():
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
         classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
-        drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), **options).images)
-    titles = [f"{count} step{'s' * (count > 1)}" for count in counts] + ["50 steps"]
+        drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), eta=0.0).images)
+    titles = [f"{count} step{'s' * (count > 1)}" for count in pipelines]
     pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
     images = [column[k] for pair in pairs for column in drawn for k in pair]
     labels = [title for pair in pairs for title in titles for _ in pair]
@@ -267,26 +264,22 @@ def picture(args: Args, teacher: str, guidance: dict[str, Any], folders: list[Pa
 
 
 def distillation_table(rows: list[dict[str, Any]]) -> str:
-    """By steps: FID and its ratio to that of the teacher at 50 steps of DDIM, KID, class accuracy, time."""
+    """By evaluations of the network: what the distances say, the share of the classes that are right, and time."""
     distance = "fid" if "fid" in rows[-1] else "frechet_distance"
-    best = [row[distance] for row in rows if row.get("num_inference_steps") == 50 and "DDIM" in row["scheduler"]]
-    lines = [f"| Steps | Sampler | U-Net evaluations | {COLUMNS[distance][0]} | to the teacher's 50 steps |"]
-    lines[0] += f" {COLUMNS['kid'][0]} | Class accuracy | Seconds per 1,000 images |"
-    lines.append("|--:|---|--:|--:|--:|--:|--:|--:|")
+    keys = [key for key in (distance, "kid", "precision", "recall", "coverage", "class_accuracy") if key in rows[-1]]
+    head = "".join(f" {COLUMNS[key][0]} |" for key in keys)
+    lines = [f"| Steps | Sampler | U-Net evaluations |{head} Seconds per 1,000 images |"]
+    lines.append("|--:|---|--:|" + "--:|" * (len(keys) + 1))
     generated = [row for row in rows if row["images"] == "generated"]
-    for row in sorted(generated, key=lambda row: (row["num_inference_steps"], row["variant"], row["scheduler"])):
-        sampler = row["scheduler"].removesuffix("Scheduler")
-        title = "**student**" if row["variant"] == "student" else f"teacher, {sampler}"
-        ratio = f"{row[distance] / best[0]:.2f}" if best else ""
-        accuracy = COLUMNS["class_accuracy"][1].format(row["class_accuracy"]) if "class_accuracy" in row else ""
+    for row in sorted(generated, key=lambda row: (row["unet_evaluations"], row["variant"])):
+        title = "**student**" if row["variant"] == "student" else f"teacher{sampling_options(row)}"
+        cells = "".join(f" {COLUMNS[key][1].format(row[key]).replace('%', ' %')} |" for key in keys)
         lines.append(
-            f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} | {row[distance]:.2f} | {ratio} | "
-            f"{COLUMNS['kid'][1].format(row['kid'])} | {accuracy} | {1000 * row['seconds_per_image']:.1f} |"
+            f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} |{cells} "
+            f"{1000 * row['seconds_per_image']:.1f} |"
         )
     floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
-    guided = (row for row in rows if row.get("guidance_scale", 1) > 1)
-    guidance = next((sampling_options(row).removeprefix(", ").capitalize() + ". " for row in guided), "")
-    return "\n".join(lines) + f"\n\n{floor}{guidance}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
+    return "\n".join(lines) + f"\n\n{floor}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
 
 
 def weights(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:

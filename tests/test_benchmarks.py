@@ -197,21 +197,21 @@ def test_the_samplers_table_tries_every_spacing(quality, tiny, digits):
 
 
 def test_the_table_of_distillation_has_students_and_teacher(quality, tiny, halves, tmp_path, digits):
-    students = tmp_path / "students"
-    distilling = DistillConfig(digits, students, 1, rounds=2, images_per_round=64, dataset_name=str(halves))
-    distill(dataclasses.replace(distilling, guidance_scale=1.5, log_with="none"))
+    distilling = DistillConfig(digits, tmp_path / "students", 2, rounds=2, images_per_round=64, dataset_name=str(halves))
+    students = tuple(map(str, distill(dataclasses.replace(distilling, guidance_scale=1.5, log_with="none"))))
     args = dataclasses.replace(tiny, table="distillation", pipelines=(digits,), students=students)
     quality.main(args)
     table = (args.results / "distillation.md").read_text().splitlines()
-    titles = ["1 | **student**", "1 | teacher, DPMSolverMultistep", "1 | teacher, MiniDDIM", "2 | **student**"]
-    titles += ["2 | teacher, DPMSolverMultistep", "2 | teacher, MiniDDIM"]
-    titles += ["50 | teacher, DPMSolverMultistep", "50 | teacher, MiniDDIM"]
-    evaluations = [1, 2, 2, 2, 4, 4, 100, 100]  # the teacher's are two a step
-    starts = [f"| {title} | {count} | " for title, count in zip(titles, evaluations, strict=True)]
+    starts = ["| 2 | **student** | 2 | ", "| 4 | **student** | 4 | ", "| 4 | teacher, guidance 1.5 | 8 | "]
+    starts += ["| 20 | teacher, guidance 1.5 | 40 | "]
     assert [row[: len(start)] for row, start in zip(table[2:], starts, strict=False)] == starts
-    assert table[9].split(" | ")[4] == "1.00" and "Guidance 1.5. 32 images " in table[-1]
+    assert table[6] == "" and "32 images " in table[-1]
     with Image.open(args.results / "distillation.png") as picture:
         assert picture.size[0] > 80
+    with pytest.raises(ValueError, match="is no student. Make some"):
+        quality.main(dataclasses.replace(args, students=(digits,)))
+    with pytest.raises(ValueError, match="is a student itself"):
+        quality.main(dataclasses.replace(args, pipelines=students))
 
 
 def test_the_weights_are_trained_and_measured_by_one_command(quality, tiny, monkeypatch):

@@ -433,15 +433,16 @@ def test_a_student_is_improved_and_learns_in_as_many_steps_as_asked(config, tmp_
         distill(dataclasses.replace(improving, teacher_steps=12))
 
 
-def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
-    config = dataclasses.replace(config, images_per_round=160)
+@pytest.mark.parametrize("adversarial_weight", [0.0, 1e-3])  # a critic that has hardly a say, but is trained
+def test_two_processes_are_one_with_twice_the_batch(config, two_processes, adversarial_weight):
+    config = dataclasses.replace(config, images_per_round=160, adversarial_weight=adversarial_weight)
     (one, *_) = distill(dataclasses.replace(config, rounds=1))
     two = config.output_dir.with_name("two")
     command = [sys.executable, *two_processes, "-m", "mini_ddpm", "distill", config.teacher]
     command += ["--to", "2", "--rounds", "1"]
     command += ["--dataset-name", config.dataset_name, "--output-dir", str(two), "--images-per-round", "160"]
     command += ["--train-batch-size", "16", "--learning-rate", str(config.learning_rate), "--log-with", "none"]
-    command += ["--device", "cpu", "--mixed-precision", "no"]
+    command += ["--device", "cpu", "--mixed-precision", "no", "--adversarial-weight", str(adversarial_weight)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("distillation finished. Draw images with: mini-ddpm sample") == 1
