@@ -54,14 +54,15 @@ format: $(VENV)/dev.stamp  ## let ruff repair and format the code
 	$(BIN)/ruff format .
 
 # FID of the weights that ship, and how many are read as the class asked for; hours on a CPU.
-SHIPPED := mnist mnist-class-conditional mnist-distilled
+SHIPPED := mnist mnist-class-conditional mnist-distilled mnist-one-step
 EVALUATE := $(BIN)/mini-ddpm evaluate $(ARGS)
 evaluation: $(VENV)/dev.stamp runs/mnist-classifier/config.json  ## measure the weights that ship: model_card/*/evaluation.json
 	$(EVALUATE) mnist --output-dir model_card/mnist
 	for sampling in "" "--steps 50 --eta 1 --guidance-scale 1" "--steps 50 --eta 0.7 --guidance-scale 1"; do \
 	  $(EVALUATE) mnist-class-conditional $$sampling --classifier runs/mnist-classifier \
 	    --output-dir model_card/mnist-class-conditional || exit; done
-	$(EVALUATE) mnist-distilled --classifier runs/mnist-classifier --output-dir model_card/mnist-distilled
+	for name in mnist-distilled mnist-one-step; do \
+	  $(EVALUATE) $$name --classifier runs/mnist-classifier --output-dir model_card/$$name || exit; done
 	for name in $(SHIPPED); do cp model_card/$$name/evaluation.json src/mini_ddpm/pretrained/$$name/ || exit; done
 
 runs/mnist-classifier/config.json: | $(VENV)/dev.stamp

@@ -27,7 +27,7 @@ import tyro
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation.evaluate import COLUMNS, EvaluateConfig, evaluate, markdown_table
-from mini_ddpm.options import distilled_steps
+from mini_ddpm.options import default_steps, distilled_steps
 from mini_ddpm.plots import sample_grid, sampling_options
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -243,20 +243,21 @@ def distillation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
         rows = measure(args, name, (steps,), output_dir=folder / f"steps-{steps}")
         yield {"variant": "student", **rows[-1]}
     for counts in (tuple(steps for steps in students if steps >= 4), ()):
-        for row in measure(args, teacher, counts, output_dir=folder / "teacher"):
-            yield {"variant": "teacher", **row}
-    picture(args, {**students, 50: teacher})
+        rows = measure(args, teacher, counts, output_dir=folder / "teacher")  # with those that are there
+    yield from ({"variant": "teacher", **row} for row in rows)
+    picture(args, [*students.values(), teacher])
 
 
-def picture(args: Args, pipelines: dict[int, str]) -> None:
+def picture(args: Args, pipelines: list[str]) -> None:
     """Up to ten classes from one noise, by each of the pipelines: RESULTS/distillation.png."""
-    drawn = []
-    for name in pipelines.values():
+    drawn, titles = [], []
+    for name in pipelines:
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
         classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
-        drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), eta=0.0).images)
-    titles = [f"{count} step{'s' * (count > 1)}" for count in pipelines]
+        steps = default_steps(pipe)
+        titles.append(f"{steps} step{'s' * (steps != 1)}")
+        drawn.append(pipe(classes, steps, generator=torch.Generator().manual_seed(0), eta=0.0).images)
     pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
     images = [column[k] for pair in pairs for column in drawn for k in pair]
     labels = [title for pair in pairs for title in titles for _ in pair]

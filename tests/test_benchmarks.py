@@ -197,7 +197,9 @@ def test_the_samplers_table_tries_every_spacing(quality, tiny, digits):
 
 
 def test_the_table_of_distillation_has_students_and_teacher(quality, tiny, halves, tmp_path, digits):
-    distilling = DistillConfig(digits, tmp_path / "students", 2, rounds=2, images_per_round=64, dataset_name=str(halves))
+    distilling = DistillConfig(
+        digits, tmp_path / "students", 2, rounds=2, images_per_round=64, dataset_name=str(halves)
+    )
     students = tuple(map(str, distill(dataclasses.replace(distilling, guidance_scale=1.5, log_with="none"))))
     args = dataclasses.replace(tiny, table="distillation", pipelines=(digits,), students=students)
     quality.main(args)

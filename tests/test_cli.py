@@ -373,7 +373,7 @@ def test_film_has_a_frame_per_step(tmp_path, conditional, unconditional, suffix,
         grid = sample_grid(np.zeros((6, 8, 8, 1), dtype=np.uint8), columns=3)  # two of each class, below each other
         assert 10 < film.height - grid.height < 30  # the rest is the title
     assert run("sample", unconditional, "--steps", 1, "--batch-size", 4, "--out", out) == 0
-    assert f"{out}: 16 images of 8x8, 1 steps" in capsys.readouterr().out
+    assert f"{out}: 16 images of 8x8, 1 step of" in capsys.readouterr().out
     with Image.open(out) as film:
         grid = sample_grid(np.zeros((16, 8, 8, 1), dtype=np.uint8), columns=4)
         assert 10 < film.height - grid.height < 30
@@ -398,11 +398,11 @@ def test_the_pipeline_that_is_taken_by_default(flags, name):
     assert mini_ddpm_cli.pipeline_to_sample(mini_ddpm_cli.parse(["sample", *flags])) == name
 
 
-@pytest.mark.parametrize("name", ["mnist", "mnist-class-conditional", "mnist-distilled"])
+@pytest.mark.parametrize("name", ["mnist", "mnist-class-conditional", "mnist-distilled", "mnist-one-step"])
 def test_shipped_weights_draw_strokes_on_black(tmp_path, name):
     if not (PRETRAINED / name).is_dir():
         pytest.skip(f"the weights {name} are not in this checkout")
-    steps = [] if name == "mnist-distilled" else ["--steps", 10]
+    steps = ["--steps", 10] if name in ("mnist", "mnist-class-conditional") else []
     images = arrays(tmp_path, name, "--num-images", 4, *steps)["images"]
     assert images.shape == (4, 28, 28, 1)
     # Of real digits 19 % of the pixels carry ink and the outermost ring carries none.

@@ -224,7 +224,7 @@ def test_card_of_a_distilled_pipeline(run_folder):
     plain = render_card(facts)
     facts["model"] |= {"scheduler": "MiniDDIMScheduler", "sample_size": [8, 12], "in_channels": 3}
     facts["model"] |= {"default_num_inference_steps": 4, "default_guidance_scale": 1.0}
-    facts["training"] |= {"snr_gamma": 5.0, "distilled_from": "user/teacher"}
+    facts["training"] |= {"snr_gamma": 5.0, "distilled_from": "user/teacher", "adversarial_weight": 0.1}
     facts |= {"description": "Digits in colour.", "license": "mit", "limitations": ["No letters."]}
     card = render_card(facts)
     for text in (
@@ -242,7 +242,7 @@ def test_card_of_a_distilled_pipeline(run_folder):
         assert text in card and text not in plain.replace("path/to/this/folder", ""), text
     assert "pipe([0, 1], num_inference_steps=20).images" in plain and "greyscale images of 8×8 pixels" in plain
     always = {"2006.11239", "2102.09672", "2202.00512", "2207.12598"}
-    for text, papers in ((plain, always), (card, always | {"2010.02502", "2303.09556", "2210.03142"})):
+    for text, papers in ((plain, always), (card, always | {"2010.02502", "2303.09556", "2210.03142", "2405.14867"})):
         assert set(re.findall(r"\[arXiv:([\d.]+)\]\(https://arxiv.org/abs/\1\)", text)) == papers
         assert {tag.removeprefix("arxiv:") for tag in ModelCard(text).data.tags if "arxiv" in tag} == papers
 
@@ -269,7 +269,7 @@ def test_dataset_of_an_evaluation(run_folder):
 
 def test_the_table_of_figures_has_a_row_for_each_way_of_sampling(run_folder):
     """What all rows share stands above, what a figure means below. No record is lost, whatever the records are."""
-    few = {"metric": "fid", "name": "FID", "value": 9.5, "num_images": 100, "num_inference_steps": 4, "note": "one"}
+    few = {"metric": "fid", "name": "FID", "value": 9.5, "num_images": 100, "num_inference_steps": 1, "note": "one"}
     records = [few, few | {"num_inference_steps": 8, "value": 8.5}, few | {"metric": "kid", "name": "KID", "value": 2}]
 
     def table(records):
@@ -280,12 +280,12 @@ def test_the_table_of_figures_has_a_row_for_each_way_of_sampling(run_folder):
 
     head, rule = "| Sampling | FID | KID |\n", "|---|--:|--:|\n"
     notes = "\n\n- FID: one\n- KID: one"
-    rows = "| 4 steps | 9.5 | 2 |\n| 8 steps | 8.5 |  |"
+    rows = "| 1 step | 9.5 | 2 |\n| 8 steps | 8.5 |  |"
     assert table(records) == f"In all rows: 100 images.\n\n{head}{rule}{rows}{notes}"
     # The same metric twice for one way of sampling, and two notes for one metric.
     records.append(few | {"value": 7.5, "note": "two"})
-    notes = "\n\n- FID (100 images, 4 steps): one\n- FID (100 images, 4 steps): two\n- KID: one"
-    assert table(records) == f"In all rows: 100 images.\n\n{head}{rule}{rows}\n| 4 steps | 7.5 |  |{notes}"
+    notes = "\n\n- FID (100 images, 1 step): one\n- FID (100 images, 1 step): two\n- KID: one"
+    assert table(records) == f"In all rows: 100 images.\n\n{head}{rule}{rows}\n| 1 step | 7.5 |  |{notes}"
 
 
 def test_facts_of_the_weights(run_folder, tmp_path):

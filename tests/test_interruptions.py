@@ -384,7 +384,7 @@ def test_the_environment_of_accelerate_changes_no_setting(config, whole, monkeyp
 def test_auto_is_the_precision_of_the_launcher(config, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     train(dataclasses.replace(config, mixed_precision="auto", max_train_steps=1))
-    assert "Training on cpu, 1 process, precision bf16: 16 images, 1 steps of 4." in capsys.readouterr().out
+    assert "Training on cpu, 1 process, precision bf16: 16 images, 1 step of 4." in capsys.readouterr().out
 
 
 def test_the_accelerator_of_a_notebook_keeps_its_state(config):

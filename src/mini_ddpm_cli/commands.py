@@ -144,7 +144,8 @@ def export(config: ExportConfig) -> None:
     fields = ("num_inference_steps", "guidance_scale", "guidance_interval", "dtype", "unet_only")
     print(f"{out}: exporting {config.pipeline}, which takes a while ...", flush=True)
     result = export_sampler(pipe, out, **{name: getattr(config, name) for name in fields})
-    content = "the network" if config.unet_only else f"{result.num_inference_steps} steps"
+    steps = result.num_inference_steps
+    content = "the network" if config.unet_only else f"{steps} step{'s' * (steps != 1)}"
     print(f"{out}: {content}, {config.dtype}, {result.num_bytes / 1e6:.1f} MB")
     print(
         f"Compared with the pipeline at batch 1 and 3: largest difference {result.difference:.1g}. One image takes"

@@ -200,6 +200,8 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
         papers["2303.09556"] = "Hang et al.: Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023"
     if model.get("default_guidance_scale") == 1:
         papers["2210.03142"] = "Meng et al.: On Distillation of Guided Diffusion Models, 2022"
+    if training.get("adversarial_weight"):
+        papers["2405.14867"] = "Yin et al.: Improved Distribution Matching Distillation for Fast Image Synthesis, 2024"
     return papers
 
 

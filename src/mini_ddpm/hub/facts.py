@@ -215,8 +215,10 @@ def _evaluation_records(file: Path, rows: list[Any]) -> list[dict[str, Any]]:
 
 def protocol_text(record: dict[str, Any]) -> str:
     """Return how a metric was measured, in words."""
-    texts = (text.format(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None)
-    return ", ".join(texts)
+    shown = {key: text.format(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None}
+    if record.get("num_inference_steps") == 1:
+        shown["num_inference_steps"] = "1 step"
+    return ", ".join(shown.values())
 
 
 def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -174,10 +174,11 @@ class TrainingLoop:
             truncate_log(self.output_dir, self.first_step)
         if config.log_with != "none":
             start_tracker(accelerator, self.output_dir.resolve().name, run.settings)
+        left = total_steps - self.first_step
         accelerator.print(
             f"Training on {device}, {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}, "
             f"precision {accelerator.mixed_precision}: {len(run.train_ids):,} images, "
-            f"{total_steps - self.first_step:,} steps of {run.step_size}."
+            f"{left:,} step{'s' * (left != 1)} of {run.step_size}."
         )
         accumulation = config.gradient_accumulation_steps
         micro_steps = range(self.first_step * accumulation, total_steps * accumulation)
