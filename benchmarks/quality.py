@@ -257,7 +257,9 @@ def picture(args: Args, pipelines: list[str]) -> None:
         classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
         steps = default_steps(pipe)
         titles.append(f"{steps} step{'s' * (steps != 1)}")
-        drawn.append(pipe(classes, steps, generator=torch.Generator().manual_seed(0), eta=0.0).images)
+        drawn.append(
+            pipe(classes, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), eta=0.0).images
+        )
     pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
     images = [column[k] for pair in pairs for column in drawn for k in pair]
     labels = [title for pair in pairs for title in titles for _ in pair]
