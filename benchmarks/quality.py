@@ -269,20 +269,25 @@ def picture(args: Args, pipelines: list[str]) -> None:
 def distillation_table(rows: list[dict[str, Any]]) -> str:
     """By evaluations of the network: what the distances say, the share of the classes that are right, and time."""
     distance = "fid" if "fid" in rows[-1] else "frechet_distance"
-    keys = [key for key in (distance, "kid", "precision", "recall", "coverage", "class_accuracy") if key in rows[-1]]
+    keys = [key for key in (distance, "kid", "recall", "coverage", "class_accuracy") if key in rows[-1]]
     head = "".join(f" {COLUMNS[key][0]} |" for key in keys)
-    lines = [f"| Steps | Sampler | U-Net evaluations |{head} Seconds per 1,000 images |"]
+    lines = [f"| Steps | Sampler | U-Net evaluations |{head} Seconds / 1,000 |"]
     lines.append("|--:|---|--:|" + "--:|" * (len(keys) + 1))
     generated = [row for row in rows if row["images"] == "generated"]
     for row in sorted(generated, key=lambda row: (row["unet_evaluations"], row["variant"])):
-        title = "**student**" if row["variant"] == "student" else f"teacher{sampling_options(row)}"
+        title = (
+            "**student**"
+            if row["variant"] == "student"
+            else "teacher" + (f", eta {row['eta']:g}" if row["eta"] else "")
+        )
         cells = "".join(f" {COLUMNS[key][1].format(row[key]).replace('%', ' %')} |" for key in keys)
         lines.append(
             f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} |{cells} "
             f"{1000 * row['seconds_per_image']:.1f} |"
         )
     floor = next((f"Real images: {row[distance]:.2f}. " for row in rows if row["images"] == "real"), "")
-    return "\n".join(lines) + f"\n\n{floor}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
+    guidance = f"The teacher: {sampling_options(rows[-1] | {'eta': 0}).removeprefix(', ')}. "
+    return "\n".join(lines) + f"\n\n{floor}{guidance}{markdown_table(rows[-1:]).split(chr(10) * 2)[-1]}"
 
 
 def weights(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:

@@ -204,10 +204,10 @@ def test_the_table_of_distillation_has_students_and_teacher(quality, tiny, halve
     args = dataclasses.replace(tiny, table="distillation", pipelines=(digits,), students=students)
     quality.main(args)
     table = (args.results / "distillation.md").read_text().splitlines()
-    starts = ["| 2 | **student** | 2 | ", "| 4 | **student** | 4 | ", "| 4 | teacher, guidance 1.5 | 8 | "]
-    starts += ["| 20 | teacher, guidance 1.5 | 40 | "]
+    starts = ["| 2 | **student** | 2 | ", "| 4 | **student** | 4 | ", "| 4 | teacher | 8 | "]
+    starts += ["| 20 | teacher | 40 | "]
     assert [row[: len(start)] for row, start in zip(table[2:], starts, strict=False)] == starts
-    assert table[6] == "" and "32 images " in table[-1]
+    assert table[6] == "" and "The teacher: guidance 1.5. 32 images " in table[-1]
     with Image.open(args.results / "distillation.png") as picture:
         assert picture.size[0] > 80
     with pytest.raises(ValueError, match="is no student. Make some"):
