@@ -271,7 +271,7 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
     distance = "fid" if "fid" in rows[-1] else "frechet_distance"
     keys = [key for key in (distance, "kid", "recall", "coverage", "class_accuracy") if key in rows[-1]]
     head = "".join(f" {COLUMNS[key][0]} |" for key in keys)
-    lines = [f"| Steps | Sampler | Evaluations |{head} Seconds |"]
+    lines = [f"| Steps | Sampler | U-Net calls |{head} Seconds |"]
     lines.append("|--:|---|--:|" + "--:|" * (len(keys) + 1))
     generated = [row for row in rows if row["images"] == "generated"]
     for row in sorted(generated, key=lambda row: (row["unet_evaluations"], row["variant"])):

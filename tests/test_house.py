@@ -291,7 +291,7 @@ def test_the_table_of_distillation_is_that_of_its_run(benchmark):
         measured = json.loads((mini_ddpm.PRETRAINED / name / "evaluation.json").read_text(encoding="utf-8"))[1]
         title += f", eta {measured['eta']:g}" if measured["eta"] else ""
         row = shown[str(measured["num_inference_steps"]), title]
-        assert row["Evaluations"] == str(measured["unet_evaluations"])
+        assert row["U-Net calls"] == str(measured["unet_evaluations"])
         for key in ("fid", "kid", "recall", "coverage", "class_accuracy"):
             text, reading = COLUMNS[key]
             assert row[text].replace(" %", "%") == reading.format(measured[key])
