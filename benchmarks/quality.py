@@ -27,7 +27,7 @@ import tyro
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation.evaluate import COLUMNS, EvaluateConfig, evaluate, markdown_table
-from mini_ddpm.options import default_steps, distilled_steps
+from mini_ddpm.options import default_steps, distilled_steps, step_count
 from mini_ddpm.plots import sample_grid, sampling_options
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -255,11 +255,8 @@ def picture(args: Args, pipelines: list[str]) -> None:
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
         classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
-        steps = default_steps(pipe)
-        titles.append(f"{steps} step{'s' * (steps != 1)}")
-        drawn.append(
-            pipe(classes, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), eta=0.0).images
-        )
+        titles.append(step_count(default_steps(pipe)))
+        drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), eta=0.0).images)
     pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
     images = [column[k] for pair in pairs for column in drawn for k in pair]
     labels = [title for pair in pairs for title in titles for _ in pair]
@@ -275,11 +272,8 @@ def distillation_table(rows: list[dict[str, Any]]) -> str:
     lines.append("|--:|---|--:|" + "--:|" * (len(keys) + 1))
     generated = [row for row in rows if row["images"] == "generated"]
     for row in sorted(generated, key=lambda row: (row["unet_evaluations"], row["variant"])):
-        title = (
-            "**student**"
-            if row["variant"] == "student"
-            else "teacher" + (f", eta {row['eta']:g}" if row["eta"] else "")
-        )
+        eta = f", eta {row['eta']:g}" if row["eta"] else ""
+        title = "**student**" if row["variant"] == "student" else f"teacher{eta}"
         cells = "".join(f" {COLUMNS[key][1].format(row[key]).replace('%', ' %')} |" for key in keys)
         lines.append(
             f"| {row['num_inference_steps']} | {title} | {row['unet_evaluations']} |{cells} "

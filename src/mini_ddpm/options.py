@@ -38,6 +38,11 @@ SCHEDULERS = {
 }
 
 
+def step_count(steps: int) -> str:
+    """Return a number of steps as text: "1 step", "4 steps"."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes that `accelerate launch` or `torchrun` started."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

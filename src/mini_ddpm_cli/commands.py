@@ -130,7 +130,7 @@ def export(config: ExportConfig) -> None:
 
     from mini_ddpm.export import export_sampler
     from mini_ddpm.hub.load import is_bundled, load_pipeline
-    from mini_ddpm.options import replace_scheduler
+    from mini_ddpm.options import replace_scheduler, step_count
 
     hide_loading_bar()
     pipe: Any = load_pipeline(config.pipeline, dtype=torch.float32, revision=config.revision)
@@ -144,8 +144,8 @@ def export(config: ExportConfig) -> None:
     fields = ("num_inference_steps", "guidance_scale", "guidance_interval", "dtype", "unet_only")
     print(f"{out}: exporting {config.pipeline}, which takes a while ...", flush=True)
     result = export_sampler(pipe, out, **{name: getattr(config, name) for name in fields})
-    steps = result.num_inference_steps
-    content = "the network" if config.unet_only else f"{steps} step{'s' * (steps != 1)}"
+    steps = result.num_inference_steps  # None: the network alone
+    content = "the network" if steps is None else step_count(steps)
     print(f"{out}: {content}, {config.dtype}, {result.num_bytes / 1e6:.1f} MB")
     print(
         f"Compared with the pipeline at batch 1 and 3: largest difference {result.difference:.1g}. One image takes"

@@ -177,7 +177,7 @@ def sample(config: SampleConfig) -> None:
     shutil.rmtree(shard_folder, ignore_errors=True)
     height, width = images.shape[1:3]
     pace = "" if is_resumed else f", {count / seconds:.1f} images/s"  # a resumed run did not draw all images
-    sampler = f"{steps} step{'s' * (steps != 1)} of {type(pipe.scheduler).__name__}"
+    sampler = f"{choices.step_count(steps)} of {type(pipe.scheduler).__name__}"
     print(f"{config.out}: {title} of {width}x{height}, {sampler}, {seconds:.1f} s{pace} ({device}, {config.dtype})")
     if legend:
         print(f"Numbers in place of names: {', '.join(legend.splitlines())}")

@@ -6,21 +6,23 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..options import step_count
 from .load import is_bundled, read_header, read_json, weights_by_variant
 
-PROTOCOL_TEXTS = {
-    "num_images": "{:,} images",
-    "num_inference_steps": "{} steps",
-    "scheduler": "{}",
-    "guidance_scale": "guidance {}",
-    "guidance_interval": "only from {0[0]:g} to {0[1]:g} of the steps",
-    "eta": "eta {}",
-    "seed": "seed {}",
-    "dtype": "{}",
-    "note": "{}",
+PROTOCOL_TEXTS: dict[str, Callable[[Any], str]] = {
+    "num_images": "{:,} images".format,
+    "num_inference_steps": step_count,
+    "scheduler": str,
+    "guidance_scale": "guidance {}".format,
+    "guidance_interval": "only from {0[0]:g} to {0[1]:g} of the steps".format,
+    "eta": "eta {}".format,
+    "seed": "seed {}".format,
+    "dtype": str,
+    "note": str,
 }
 """How a table shows the fields of an evaluation record."""
 
@@ -215,10 +217,8 @@ def _evaluation_records(file: Path, rows: list[Any]) -> list[dict[str, Any]]:
 
 def protocol_text(record: dict[str, Any]) -> str:
     """Return how a metric was measured, in words."""
-    shown = {key: text.format(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None}
-    if record.get("num_inference_steps") == 1:
-        shown["num_inference_steps"] = "1 step"
-    return ", ".join(shown.values())
+    texts = (text(record[key]) for key, text in PROTOCOL_TEXTS.items() if record.get(key) is not None)
+    return ", ".join(texts)
 
 
 def _metric_records(row: dict[str, Any], real_row: dict[str, Any]) -> list[dict[str, Any]]:
