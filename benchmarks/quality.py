@@ -27,7 +27,7 @@ import tyro
 
 from mini_ddpm import load_pipeline
 from mini_ddpm.evaluation.evaluate import COLUMNS, EvaluateConfig, evaluate, markdown_table
-from mini_ddpm.options import default_steps, distilled_steps, step_count
+from mini_ddpm.options import counted, default_steps, distilled_steps
 from mini_ddpm.plots import sample_grid, sampling_options
 from mini_ddpm.training.train import TrainConfig, train
 
@@ -255,7 +255,7 @@ def picture(args: Args, pipelines: list[str]) -> None:
         pipe: Any = load_pipeline(name)
         pipe.set_progress_bar_config(disable=True)
         classes = list(range(min(10, pipe.unet.config.num_class_embeds - 1)))
-        titles.append(step_count(default_steps(pipe)))
+        titles.append(counted(default_steps(pipe), "step"))
         drawn.append(pipe(classes, generator=torch.Generator().manual_seed(0), eta=0.0).images)
     pairs = [classes[i : i + 2] for i in range(0, len(classes), 2)]
     images = [column[k] for pair in pairs for column in drawn for k in pair]

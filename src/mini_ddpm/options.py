@@ -38,9 +38,9 @@ SCHEDULERS = {
 }
 
 
-def step_count(steps: int) -> str:
-    """Return a number of steps as text: "1 step", "4 steps"."""
-    return f"{steps} step{'s' * (steps != 1)}"
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as text: "1 step", "4 steps"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def process_rank() -> tuple[int, int]:

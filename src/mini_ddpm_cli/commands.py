@@ -130,7 +130,7 @@ def export(config: ExportConfig) -> None:
 
     from mini_ddpm.export import export_sampler
     from mini_ddpm.hub.load import is_bundled, load_pipeline
-    from mini_ddpm.options import replace_scheduler, step_count
+    from mini_ddpm.options import counted, replace_scheduler
 
     hide_loading_bar()
     pipe: Any = load_pipeline(config.pipeline, dtype=torch.float32, revision=config.revision)
@@ -145,7 +145,7 @@ def export(config: ExportConfig) -> None:
     print(f"{out}: exporting {config.pipeline}, which takes a while ...", flush=True)
     result = export_sampler(pipe, out, **{name: getattr(config, name) for name in fields})
     steps = result.num_inference_steps  # None: the network alone
-    content = "the network" if steps is None else step_count(steps)
+    content = "the network" if steps is None else counted(steps, "step")
     print(f"{out}: {content}, {config.dtype}, {result.num_bytes / 1e6:.1f} MB")
     print(
         f"Compared with the pipeline at batch 1 and 3: largest difference {result.difference:.1g}. One image takes"

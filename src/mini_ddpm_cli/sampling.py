@@ -134,7 +134,7 @@ def sample(config: SampleConfig) -> None:
             pipe.unet.compile()
         has_shards = not is_film and (count > config.batch_size or processes > 1)
         is_resumed = has_shards and shard_folder.is_dir()
-        title = f"{count} images"
+        title = choices.counted(count, "image")
         # disable=None: show a bar on a terminal, not in a log file
         pipe.set_progress_bar_config(desc=title, disable=True if has_shards else None)
         started = time.perf_counter()
@@ -177,7 +177,7 @@ def sample(config: SampleConfig) -> None:
     shutil.rmtree(shard_folder, ignore_errors=True)
     height, width = images.shape[1:3]
     pace = "" if is_resumed else f", {count / seconds:.1f} images/s"  # a resumed run did not draw all images
-    sampler = f"{choices.step_count(steps)} of {type(pipe.scheduler).__name__}"
+    sampler = f"{choices.counted(steps, 'step')} of {type(pipe.scheduler).__name__}"
     print(f"{config.out}: {title} of {width}x{height}, {sampler}, {seconds:.1f} s{pace} ({device}, {config.dtype})")
     if legend:
         print(f"Numbers in place of names: {', '.join(legend.splitlines())}")

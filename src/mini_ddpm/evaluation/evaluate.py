@@ -40,6 +40,7 @@ from ..options import (
     DTYPES,
     MAX_SEED,
     check_fields,
+    counted,
     default_eta,
     default_steps,
     device_name,
@@ -48,7 +49,6 @@ from ..options import (
     replace_scheduler,
     require,
     resolve_guidance,
-    step_count,
     wait_for_processes,
 )
 from ..plots import evaluation_curves, sampling_options
@@ -292,7 +292,7 @@ def evaluate(config: EvaluateConfig, *, shared: bool = False) -> list[dict[str, 
         for steps in step_counts:
             pipe.scheduler = scheduler
             options: dict[str, Any] = {"num_inference_steps": steps, "eta": eta, **guidance}
-            title = f"{step_count(steps)} of {type(scheduler).__name__}"
+            title = f"{counted(steps, 'step')} of {type(scheduler).__name__}"
             work: dict[str, Any] = {"batch_size": config.batch_size, "shard_size": SHARD_SIZE, "seed": config.seed}
             work |= {"labels": None if labels is None else labels.tolist(), "folder": cache_folder() / "samples"}
             drawn, seconds, evaluations = draw(
@@ -480,7 +480,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
         if row["images"] == "real":
             title = f"real, {row['num_images']:,} of {row['drawn_from']} (the floor)"
         else:
-            title = f"{row['scheduler']}, {step_count(row['num_inference_steps'])}{sampling_options(row)}"
+            title = f"{row['scheduler']}, {counted(row['num_inference_steps'], 'step')}{sampling_options(row)}"
         cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in columns]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     protocol = rows[0]["protocol"]

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..options import step_count
+from ..options import counted
 from .load import is_bundled, read_header, read_json, weights_by_variant
 
 PROTOCOL_TEXTS: dict[str, Callable[[Any], str]] = {
     "num_images": "{:,} images".format,
-    "num_inference_steps": step_count,
+    "num_inference_steps": lambda steps: counted(steps, "step"),
     "scheduler": str,
     "guidance_scale": "guidance {}".format,
     "guidance_interval": "only from {0[0]:g} to {0[1]:g} of the steps".format,
