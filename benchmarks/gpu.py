@@ -31,7 +31,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 
-from mini_ddpm import load_pipeline
+from mini_ddpm import extrapolate, load_pipeline
 from mini_ddpm.data import ImageDataset, image_dataset
 from mini_ddpm.options import device_name
 from mini_ddpm.training.distill import DistillConfig, distill
@@ -289,15 +289,15 @@ def sharpen(run: Run) -> dict[str, Any]:
         torch_compile=False,
     )
     folder = train(config, dataset=own)
-    base = {name: value.double() for name, value in pipe.unet.state_dict().items()}
+    base = pipe.unet.state_dict()
     for index in (1, 2, 3):
         tuned = averaged(folder / f"checkpoint-{index * steps}")
-        difference = {name: value - tuned[name].double() for name, value in base.items()}
+        difference = {name: value.double() - tuned[name].double() for name, value in base.items()}
         network = type(pipe.unet).from_config(pipe.unet.config)
         network.load_state_dict({name: value.float() * 256 for name, value in difference.items()})
         run.save(f"difference-{index * steps}", network, scale=256)
         for w in (0.5, 1.0, 2.0):
-            weights = {name: (value + w * difference[name]).float() for name, value in base.items()}
+            weights = extrapolate(base, tuned, w)
             run.draw(f"samples-sharpened-{index * steps}-{w:g}", pipe, run.args.num_images // 2, weights,
                      num_inference_steps=run.args.num_inference_steps, eta=1.0, guidance_scale=1.0)  # fmt: skip
     return {"own_images": own_count}

@@ -211,7 +211,7 @@ def test_module_runs_as_the_command():
         [sys.executable, "-m", "mini_ddpm", "smaple"], capture_output=True, text=True, env={**os.environ}
     )
     assert answer.returncode == 2
-    commands = "sample, train, distill, plot, evaluate, export, card, push, verify"
+    commands = "sample, train, sharpen, distill, plot, evaluate, export, card, push, verify"
     assert answer.stderr == f"mini-ddpm: unknown command 'smaple'; choose one of {commands}, or --help.\n"
 
 

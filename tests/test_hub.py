@@ -225,6 +225,7 @@ def test_card_of_a_distilled_pipeline(run_folder):
     facts["model"] |= {"scheduler": "MiniDDIMScheduler", "sample_size": [8, 12], "in_channels": 3}
     facts["model"] |= {"default_num_inference_steps": 4, "default_guidance_scale": 1.0}
     facts["training"] |= {"snr_gamma": 5.0, "distilled_from": "user/teacher", "adversarial_weight": 0.1}
+    facts["training"] |= {"sharpened_from": "user/plain", "sharpening_weight": 0.5}
     facts |= {"description": "Digits in colour.", "license": "mit", "limitations": ["No letters."]}
     card = render_card(facts)
     for text in (
@@ -242,7 +243,8 @@ def test_card_of_a_distilled_pipeline(run_folder):
         assert text in card and text not in plain.replace("path/to/this/folder", ""), text
     assert "pipe([0, 1], num_inference_steps=20).images" in plain and "greyscale images of 8×8 pixels" in plain
     always = {"2006.11239", "2102.09672", "2202.00512", "2207.12598"}
-    for text, papers in ((plain, always), (card, always | {"2010.02502", "2303.09556", "2210.03142", "2405.14867"})):
+    others = {"2010.02502", "2303.09556", "2210.03142", "2405.14867", "2510.03597"}
+    for text, papers in ((plain, always), (card, always | others)):
         assert set(re.findall(r"\[arXiv:([\d.]+)\]\(https://arxiv.org/abs/\1\)", text)) == papers
         assert {tag.removeprefix("arxiv:") for tag in ModelCard(text).data.tags if "arxiv" in tag} == papers
 
@@ -314,6 +316,7 @@ def test_facts_of_the_weights(run_folder, tmp_path):
         ({"pretrained_model_name_or_path": "/home/me/runs"}, {}),
         ({"distilled_from": "user/teacher"}, {"distilled_from": "user/teacher"}),
         ({"distilled_from": "../teacher"}, {}),
+        ({"sharpened_from": "mnist", "sharpening_weight": 0.5}, {"sharpened_from": "mnist", "sharpening_weight": 0.5}),
         ({"guidance_scale": 1.5, "guidance_interval": [0, 1]}, {"guidance_scale": 1.5}),
         ({"guidance_interval": [0.35, 0.6]}, {"guidance_interval": [0.35, 0.6]}),
         ({"teacher_steps": 20, "adversarial_weight": 0.05}, {"teacher_steps": 20, "adversarial_weight": 0.05}),

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mini_ddpm.training.config import TrainConfig
     from mini_ddpm.training.distill import DistillConfig, distill
     from mini_ddpm.training.loss import compute_loss
+    from mini_ddpm.training.sharpen import SharpenConfig, extrapolate, sharpen
     from mini_ddpm.training.train import train
 
 __version__ = "0.2.0"
@@ -52,6 +53,7 @@ _LAZY = {
     "training.config": ("TrainConfig",),
     "training.distill": ("DistillConfig", "distill"),
     "training.loss": ("compute_loss",),
+    "training.sharpen": ("SharpenConfig", "extrapolate", "sharpen"),
     "training.train": ("train",),
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "MiniDDPMPipelineOutput",
     "MiniDDPMScheduler",
     "MiniUNet2DModel",
+    "SharpenConfig",
     "TrainCallback",
     "TrainConfig",
     "TrainState",
@@ -77,11 +80,13 @@ __all__ = [
     "distill",
     "evaluate",
     "export_sampler",
+    "extrapolate",
     "image_dataset",
     "load_pipeline",
     "noising_strip",
     "run_curves",
     "sample_grid",
+    "sharpen",
     "train",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `mini-ddpm sample`, `train`, `distill`, `plot`, `evaluate`, `export`, `card`, `push`, `verify`.
+"""The command line: `mini-ddpm sample`, `train` and the other commands of `COMMANDS`.
 
 Importing the package `mini_ddpm` imports torch and diffusers (5 s). This package is beside it, so that
 `mini-ddpm --help` does not wait for them.
@@ -38,6 +38,7 @@ from .commands import (
     export,
     plot,
     push,
+    sharpen,
     train,
     verify,
 )
@@ -67,6 +68,7 @@ _FLAGS_OF_WORDS = dict.fromkeys(("train", "distill", "evaluate"), "--dataset-nam
 COMMANDS: dict[str, tuple[Callable[[Any], None], str]] = {
     "sample": (sample, "mini_ddpm_cli:SampleConfig"),
     "train": (train, "mini_ddpm.training.config:TrainConfig"),
+    "sharpen": (sharpen, "mini_ddpm.training.sharpen:SharpenConfig"),
     "distill": (distill, "mini_ddpm.training.distill:DistillConfig"),
     "plot": (plot, "mini_ddpm_cli:PlotConfig"),
     "evaluate": (evaluate, "mini_ddpm.evaluation.evaluate:EvaluateConfig"),

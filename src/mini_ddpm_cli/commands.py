@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mini_ddpm.evaluation.evaluate import EvaluateConfig
     from mini_ddpm.training.config import TrainConfig
     from mini_ddpm.training.distill import DistillConfig
+    from mini_ddpm.training.sharpen import SharpenConfig
 
 
 def hide_loading_bar() -> None:
@@ -30,6 +31,17 @@ def train(config: TrainConfig) -> None:
     folder = training.train(config)
     if process_rank()[0] == 0:
         print(f"{folder}: training finished. Draw images with: mini-ddpm sample {folder}")
+
+
+def sharpen(config: SharpenConfig) -> None:
+    """Improve a trained pipeline with samples of its own."""
+    from mini_ddpm.options import process_rank
+    from mini_ddpm.training import sharpen as sharpening
+
+    hide_loading_bar()
+    folder = sharpening.sharpen(config)
+    if process_rank()[0] == 0:
+        print(f"{folder}: sharpened. Draw images with: mini-ddpm sample {folder}")
 
 
 def distill(config: DistillConfig) -> None:

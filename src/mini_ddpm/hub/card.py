@@ -202,6 +202,8 @@ def _papers(model: dict[str, Any], training: dict[str, Any]) -> dict[str, str]:
         papers["2210.03142"] = "Meng et al.: On Distillation of Guided Diffusion Models, 2022"
     if training.get("adversarial_weight"):
         papers["2405.14867"] = "Yin et al.: Improved Distribution Matching Distillation for Fast Image Synthesis, 2024"
+    if training.get("sharpening_weight"):
+        papers["2510.03597"] = "Alemohammad, Wang, Baraniuk: Neon: Negative Extrapolation From Self-Training, 2025"
     return papers
 
 

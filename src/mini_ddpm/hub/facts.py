@@ -169,11 +169,12 @@ def _training_facts(folder: Path) -> dict[str, Any]:
     keys = ["split", "learning_rate", "lr_scheduler", "ema_max_decay", "snr_gamma", "saturation_margin"]
     keys += ["mixed_precision", "seed"]
     keys += ["teacher_steps", "guidance_scale", "guidance_interval", "adversarial_weight"]  # of a distilled pipeline
+    keys += ["sharpening_weight"]
     facts = {key: config[key] for key in keys if config.get(key) not in (None, "auto", [0, 1])}
     if config.get("class_conditional"):
         facts["class_dropout_prob"] = config.get("class_dropout_prob")
     renamed = {"dataset_name": "dataset", "pretrained_model_name_or_path": "started_from"}
-    for key in (*renamed, "distilled_from"):
+    for key in (*renamed, "distilled_from", "sharpened_from"):
         name = str(config.get(key))
         is_on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not os.path.exists(name)
         if is_on_hub or (key != "dataset_name" and is_bundled(name)):  # do not publish local paths
