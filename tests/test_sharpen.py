@@ -116,7 +116,7 @@ def test_two_processes_are_one_with_twice_the_batch(config, two_processes):
 def test_what_cannot_be_sharpened_is_refused_and_nothing_is_written(config, trained):
     for change, message in (
         ({"pipeline": "mnist-distilled"}, "mnist-distilled is distilled: .* Sharpen the teacher before you distil it"),
-        ({"output_dir": trained[1]}, "holds a training run. Use another output_dir"),
+        ({"output_dir": trained[1]}, "holds another run. Use another output_dir"),
         ({"weight": -1.0}, "weight=-1.0 must be at least 0"),
         ({"num_images": 0}, "num_images=0 must be at least 1"),
     ):
@@ -128,5 +128,8 @@ def test_what_cannot_be_sharpened_is_refused_and_nothing_is_written(config, trai
     sharpen(config)
     settings = json.loads((config.output_dir / "train_config.json").read_text())
     assert settings["sharpened_from"] == config.pipeline and settings["sharpening_weight"] == 0.5
+    itself = str(config.output_dir)
+    with pytest.raises(ValueError, match="holds another run. Use another output_dir"):
+        sharpen(dataclasses.replace(config, pipeline=itself))
     with pytest.raises(ValueError, match=r"own holds a run on other images: their .* or another output_dir"):
         sharpen(dataclasses.replace(config, num_images=16))

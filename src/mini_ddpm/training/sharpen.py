@@ -19,10 +19,10 @@ import torch
 import tyro
 
 from ..data import ImageDataset
-from ..hub.load import load_pipeline
+from ..hub.load import load_pipeline, read_json
 from ..options import check_fields, distilled_steps, find_device, process_rank, replace_scheduler
 from ..sampling import cache_folder, draw
-from .checkpoints import claimed_folder, list_checkpoints, save_pipeline
+from .checkpoints import claimed_folder, save_pipeline
 from .config import RANGES, TrainConfig
 from .train import train
 
@@ -90,8 +90,9 @@ def sharpen(config: SharpenConfig) -> Path:
             f"{config.pipeline} is distilled: it learned what its teacher predicts, not images. Sharpen the teacher "
             "before you distil it."
         )
-    if list_checkpoints(folder):
-        raise ValueError(f"{folder} holds a training run. Use another output_dir.")
+    file = folder / "train_config.json"
+    if file.is_file() and read_json(file).get("sharpened_from") != config.pipeline:
+        raise ValueError(f"{folder} holds another run. Use another output_dir.")
     settings = {"sharpened_from": config.pipeline, "sharpening_weight": config.weight, "dataset": {}}
     with claimed_folder(folder, settings) if process_rank()[0] == 0 else contextlib.nullcontext():
         own = _own_images(config, pipe)
