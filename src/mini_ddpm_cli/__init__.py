@@ -1,4 +1,6 @@
-"""The command line: `mini-ddpm sample`, `train` and the other commands of `COMMANDS`.
+"""The command line.
+
+`mini-ddpm sample`, `train`, `sharpen`, `distill`, `plot`, `evaluate`, `export`, `card`, `push`, `verify`.
 
 Importing the package `mini_ddpm` imports torch and diffusers (5 s). This package is beside it, so that
 `mini-ddpm --help` does not wait for them.
