@@ -45,7 +45,7 @@ from .callbacks import TrainCallback
 from .checkpoints import checkpoint_step, list_checkpoints
 from .config import RANGES, RunConfig, TrainConfig
 from .loop import Teacher
-from .loss import compute_loss, saturate, saturated_levels
+from .loss import compute_loss, saturate, saturated_levels, trained_margin
 from .train import GivenParts, start_run
 
 DEFAULT_TEACHER_STEPS = 20
@@ -313,9 +313,7 @@ def distill(config: DistillConfig, *, dataset: Any = None, callbacks: Sequence[T
         _check_student(config, pipe)
     if class_conditional:
         _check_classes(config, pipe, dataset)
-    # The margin beyond [-1, 1] that the teacher was trained with, see `beyond_saturation`.
-    margin = round(pipe.scheduler.config.clip_sample_range - 1, 6) if pipe.scheduler.config.clip_sample else 0.0
-    margin = min(max(margin, 0.0), 1.0)
+    margin = trained_margin(pipe.scheduler)
     rounds = [config.train_config(config.teacher, steps, margin, class_conditional) for steps in step_counts]
     black, white = saturated_levels(dataset)
     saturation = (margin * config.saturate, black is not None, white is not None)

@@ -136,6 +136,13 @@ def beyond_saturation(images: torch.Tensor, margin: float, levels: Levels) -> to
     return images
 
 
+def trained_margin(scheduler: Any) -> float:
+    """Return the margin beyond [-1, 1] with which the network of a scheduler was trained, see `beyond_saturation`."""
+    clipping = scheduler.config
+    margin = round(clipping.get("clip_sample_range", 1.0) - 1, 6) if clipping.get("clip_sample") else 0.0
+    return min(max(margin, 0.0), 1.0)
+
+
 def saturate(images: torch.Tensor, margin: float, black: bool, white: bool) -> torch.Tensor:
     """Move nearly black and nearly white pixels of predicted images beyond [-1, 1], the range of samples.
 

@@ -24,6 +24,7 @@ from ..options import check_fields, distilled_steps, find_device, process_rank, 
 from ..sampling import cache_folder, draw
 from .checkpoints import claimed_folder, save_pipeline
 from .config import RANGES, TrainConfig
+from .loss import trained_margin
 from .train import train
 
 OWN_SEED = 10**6
@@ -125,13 +126,11 @@ def _own_images(config: SharpenConfig, pipe: Any) -> ImageDataset:
 
 def _train_config(config: SharpenConfig, folder: Path, pipe: Any) -> TrainConfig:
     """Return the settings of the training on the own samples."""
-    clipping = pipe.scheduler.config
-    margin = round(clipping.get("clip_sample_range", 1.0) - 1, 6) if clipping.get("clip_sample") else 0.0
     return TrainConfig(
         output_dir=folder / "own",
         pretrained_model_name_or_path=config.pipeline,
         class_conditional=pipe.unet.config.num_class_embeds is not None,
-        saturation_margin=min(max(margin, 0.0), 1.0),
+        saturation_margin=trained_margin(pipe.scheduler),
         lr_scheduler="constant_with_warmup",
         lr_warmup_steps=0,
         ema_max_decay=0.0,
