@@ -31,6 +31,7 @@ def config(trained, tmp_path, monkeypatch):
     return SharpenConfig(
         str(trained[1]),
         tmp_path / "sharpened",
+        weight=0.5,
         num_images=12,
         num_inference_steps=2,
         max_train_steps=4,

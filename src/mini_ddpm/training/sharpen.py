@@ -44,7 +44,7 @@ class SharpenConfig:
     output_dir: Path = Path("runs/sharpened")
     """Folder for the improved pipeline."""
     _: KW_ONLY
-    weight: float = 0.5
+    weight: float = 0.35
     """w, the length of the opposite step: 0 changes nothing; too much makes strange images."""
     num_images: int = 10_000
     """Number of own samples, drawn without guidance and without noise in the steps."""
