@@ -423,7 +423,7 @@ def test_names_do_not_break_the_card(run_folder, tmp_path, name):
     assert is_rendered(tmp_path / "README.md")
     # The metadata are whole, and so are the tables: as many rows and columns as before.
     data = ModelCard(card).data
-    assert len(data.eval_results) == 3 and data.library_name == "diffusers" and len(data.datasets) <= 1
+    assert len(data.eval_results) == 3 and data["library_name"] == "diffusers" and len(data.datasets) <= 1
 
     def shape(text):
         body = text.split("\n---\n", 1)[1]

@@ -30,7 +30,7 @@ def files_in(folder):
 
 
 def workflow(name):
-    return yaml.safe_load((ROOT / ".github/workflows" / f"{name}.yml").read_text(encoding="utf-8"))
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
