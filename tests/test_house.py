@@ -329,6 +329,14 @@ def test_the_tables_of_trainings_are_those_of_their_runs(benchmark, name, docume
     assert table.split("\n\n")[0] in page(f"docs/{document}.md")
 
 
+def test_the_table_of_clothes_is_that_of_its_run():
+    """`mini-ddpm evaluate` wrote it for another dataset than the digits."""
+    file = ROOT / "benchmarks" / "results" / "fashion.json"
+    table = markdown_table(json.loads(file.read_text(encoding="utf-8")))
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == table
+    assert table in page("docs/training.md")
+
+
 def test_the_table_of_speed_is_that_of_its_run(benchmark):
     """`python benchmarks/speed.py` writes the JSON; the page shows its summary and some of its ratios."""
     speed = benchmark("speed")
