@@ -278,7 +278,9 @@ def test_widths_alone_make_a_network(config, levels, groups, head_dim, tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert {key: saved[key] for key in expected} == expected
     sample = torch.randn(1, 1, 8, 8)
-    assert torch.equal(MiniUNet2DModel.from_pretrained(tmp_path)(sample, 5).sample, unet.eval()(sample, 5).sample)
+    # The file's weights may lie elsewhere in memory, and the matrix products of a CPU then differ in the last bits.
+    loaded = MiniUNet2DModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(sample, 5).sample, unet.eval()(sample, 5).sample)
 
 
 def test_other_widths_for_a_saved_network(tmp_path):
