@@ -7,8 +7,9 @@
     python benchmarks/quality.py weights      # train the weights that ship, and measure them
 
 Each writes `benchmarks/results/NAME.json` and `.md`, row by row: cut off, the same command goes on where it was. The
-defaults are for one GPU (minutes to an hour each); `--help` says how to make them smaller, and the tables state what
-was run. Every distance is `mini-ddpm evaluate`'s, with its protocol in every row.
+tables of trainings keep the rows that are there and have the same settings, so several machines can share the work.
+The defaults are for one GPU (minutes to an hour each); `--help` says how to make them smaller, and the tables state
+what was run. Every distance is `mini-ddpm evaluate`'s, with its protocol in every row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +80,13 @@ SPACINGS = ("leading", "linspace")  # beside trailing, which all else has
 SPACED_SAMPLERS = {"ddim": (50, 10)}
 
 
+# Arguments of a table of trainings that its rows must share.
+SHARED = (
+    "dataset_name", "num_images", "split", "num_inference_steps", "train_batch_size", "feature_extractor",
+    "feature_dtype", "dtype", "mixed_precision", "classifier",
+)  # fmt: skip
+
+
 @dataclass
 class Args:
     """Make one of the quality tables.
@@ -127,25 +136,50 @@ class Args:
     results: Path = Path("benchmarks/results")
 
 
-def train_and_measure(args: Args, name: str, images: int, **overrides: Any) -> dict[str, Any]:
-    """Trains a class-conditional network on so many images, unless it was trained before, and measures it unguided."""
-    settings = {"train_batch_size": args.train_batch_size, **overrides}
+def settings(args: Args, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What a row of a table of trainings was made with, as JSON returns it."""
+    shared = {name: getattr(args, name) for name in SHARED}
+    result: dict[str, Any] = json.loads(json.dumps(shared | overrides))
+    return result
+
+
+def kept_rows(args: Args) -> list[dict[str, Any]]:
+    """The rows of an earlier run, here or on another machine, that this run would make again."""
+    variants = {"ablation": ABLATION, "tutorial": TUTORIAL}.get(args.table, {})
+    file = args.results / f"{args.table}.json"
+    if not variants or not file.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    wanted = {variant: settings(args, overrides) for variant, overrides in variants.items()}
+    return [row for row in rows if "settings" in row and row["settings"] == wanted.get(row["variant"])]
+
+
+def train_and_measure(
+    args: Args, variant: str, overrides: dict[str, Any], epochs: float, seed: int, folder: Path, images_per_epoch: int
+) -> dict[str, Any]:
+    """Trains a class-conditional network, unless it was trained before, and measures it unguided."""
+    key = {"variant": variant, "training_seed": seed, "epochs": epochs}
+    for row in kept_rows(args):
+        if all(row[name] == value for name, value in key.items()):
+            return row
+    changed = {"train_batch_size": args.train_batch_size, "seed": seed, **overrides}
+    changed.pop("images", None)
     config = TrainConfig(
         dataset_name=args.dataset_name,
-        output_dir=args.runs / name,
+        output_dir=folder,
         class_conditional=True,
-        max_train_steps=round(images / settings["train_batch_size"]),
+        max_train_steps=round(round(epochs * images_per_epoch) / changed["train_batch_size"]),
         mixed_precision=args.mixed_precision,
         torch_compile=args.torch_compile,
         save_images_epochs=0,
         log_with="none",
-        **settings,
+        **changed,
     )
     train(config)
     log = json.loads((config.output_dir / "train_log.jsonl").read_text().splitlines()[-1])
     measured = measure(args, str(config.output_dir), (args.num_inference_steps,), guidance_scale=1.0)[-1]
     training = {"images_seen": log["images"], "training_seconds": round(log["seconds"]), "training_loss": log["loss"]}
-    return training | measured
+    return key | training | measured | {"settings": settings(args, overrides)}
 
 
 def measure(
@@ -180,11 +214,9 @@ def ablation(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
     """One row per variant and seed."""
     for variant, overrides in chosen(args, ABLATION):
         epochs = args.epochs[0] * overrides.get("images", 1)
-        changed = {key: value for key, value in overrides.items() if key != "images"}
         for seed in args.seeds:
-            name = f"ablation/{variant}-{seed}".replace(" ", "-").replace(",", "")
-            row = train_and_measure(args, name, round(epochs * images_per_epoch), seed=seed, **changed)
-            yield {"variant": variant, "training_seed": seed, "epochs": epochs, **row}
+            folder = args.runs / "ablation" / f"{variant}-{seed}".replace(" ", "-").replace(",", "")
+            yield train_and_measure(args, variant, overrides, epochs, seed, folder, images_per_epoch)
 
 
 def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
@@ -193,17 +225,16 @@ def tutorial(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
         for seed in args.seeds:
             shorter: Path | None = None
             for epochs in sorted(args.epochs):
-                name = f"tutorial/{variant}-{seed}-{epochs:g}".replace(" ", "").replace(",", "-")
-                folder = args.runs / name
+                name = f"{variant}-{seed}-{epochs:g}".replace(" ", "").replace(",", "-")
+                folder = args.runs / "tutorial" / name
                 # A constant learning rate lets a run go on from the column before; ours decays, and starts anew.
-                if shorter and "lr_scheduler" in overrides and not folder.exists():
+                if shorter and shorter.exists() and "lr_scheduler" in overrides and not folder.exists():
                     copy = folder.with_name(folder.name + ".tmp")
                     shutil.rmtree(copy, ignore_errors=True)
                     shutil.copytree(shorter, copy, ignore=shutil.ignore_patterns("evaluation*"))
                     os.replace(copy, folder)
                 shorter = folder
-                row = train_and_measure(args, name, round(epochs * images_per_epoch), seed=seed, **overrides)
-                yield {"variant": variant, "training_seed": seed, "epochs": epochs, **row}
+                yield train_and_measure(args, variant, overrides, epochs, seed, folder, images_per_epoch)
 
 
 def samplers(args: Args, images_per_epoch: int) -> Iterator[dict[str, Any]]:
@@ -345,9 +376,16 @@ def main(args: Args) -> list[dict[str, Any]]:
     images_per_epoch = len(image_dataset(args.dataset_name))
     file = args.results / f"{args.table}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows = kept_rows(args)
+    variants = [*ABLATION, *TUTORIAL]
     for row in globals()[args.table](args, images_per_epoch):
-        rows.append({key: value for key, value in row.items() if key != "weights"})
+        row.pop("weights", None)
+        if "settings" in row:
+            identity = itemgetter("variant", "epochs", "training_seed")
+            rows = [kept for kept in rows if identity(kept) != identity(row)] + [row]
+            rows.sort(key=lambda row: (variants.index(row["variant"]), row["epochs"], row["training_seed"]))
+        else:
+            rows.append(row)
         for path, text in ((file, json.dumps(rows, indent=2) + "\n"), (file.with_suffix(".md"), table(rows))):
             temporary = path.with_suffix(".tmp")
             temporary.write_text(text, encoding="utf-8")

@@ -161,6 +161,20 @@ def test_the_ablation_is_made_of_real_trainings_once(quality, tiny, monkeypatch)
         quality.main(dataclasses.replace(args, only=("nothing",)))
 
 
+def test_the_ablation_keeps_the_rows_of_another_machine(quality, tiny, tmp_path, monkeypatch):
+    args = dataclasses.replace(tiny, only=("epsilon",), epochs=(0.25,), runs=tmp_path / "there")
+    epsilon = quality.main(args)
+    args = dataclasses.replace(args, only=("the recipe",), runs=tmp_path / "here")
+    rows = quality.main(args)
+    assert [row["variant"] for row in rows] == ["the recipe", "epsilon"] and rows[1:] == epsilon
+
+    monkeypatch.setattr("mini_ddpm.training.train.TrainingLoop", None)
+    elsewhere = dataclasses.replace(args, only=("epsilon", "the recipe"), runs=tmp_path / "elsewhere")
+    assert quality.main(elsewhere) == rows and not elsewhere.runs.exists()
+    with pytest.raises(TypeError):  # it would train: this row has other settings
+        quality.main(dataclasses.replace(elsewhere, train_batch_size=32))
+
+
 def test_the_tutorials_table_has_a_column_for_each_number_of_epochs(quality, tiny, monkeypatch):
     only = ("tutorial, cosine, T = 1000", "ours")
     args = dataclasses.replace(tiny, table="tutorial", only=only, epochs=(1, 0.5))
