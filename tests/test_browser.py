@@ -334,6 +334,7 @@ def app():
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/"
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
+    environment["PYTHONUNBUFFERED"] = "1"  # else the line with the address stays in the buffer of the pipe
     process = subprocess.Popen(
         [SPACE_PYTHON, EXAMPLES / "space" / "app.py"], env=environment, stdout=subprocess.PIPE, text=True
     )
