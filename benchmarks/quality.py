@@ -85,6 +85,7 @@ SHARED = (
     "dataset_name", "num_images", "split", "num_inference_steps", "train_batch_size", "feature_extractor",
     "feature_dtype", "dtype", "mixed_precision", "classifier",
 )  # fmt: skip
+identity = itemgetter("variant", "epochs", "training_seed")  # of such a row
 
 
 @dataclass
@@ -158,9 +159,8 @@ def train_and_measure(
     args: Args, variant: str, overrides: dict[str, Any], epochs: float, seed: int, folder: Path, images_per_epoch: int
 ) -> dict[str, Any]:
     """Trains a class-conditional network, unless it was trained before, and measures it unguided."""
-    key = {"variant": variant, "training_seed": seed, "epochs": epochs}
     for row in kept_rows(args):
-        if all(row[name] == value for name, value in key.items()):
+        if identity(row) == (variant, epochs, seed):
             return row
     changed = {"train_batch_size": args.train_batch_size, "seed": seed, **overrides}
     changed.pop("images", None)
@@ -179,6 +179,7 @@ def train_and_measure(
     log = json.loads((config.output_dir / "train_log.jsonl").read_text().splitlines()[-1])
     measured = measure(args, str(config.output_dir), (args.num_inference_steps,), guidance_scale=1.0)[-1]
     training = {"images_seen": log["images"], "training_seconds": round(log["seconds"]), "training_loss": log["loss"]}
+    key = {"variant": variant, "training_seed": seed, "epochs": epochs}
     return key | training | measured | {"settings": settings(args, overrides)}
 
 
@@ -381,7 +382,6 @@ def main(args: Args) -> list[dict[str, Any]]:
     for row in globals()[args.table](args, images_per_epoch):
         row.pop("weights", None)
         if "settings" in row:
-            identity = itemgetter("variant", "epochs", "training_seed")
             rows = [kept for kept in rows if identity(kept) != identity(row)] + [row]
             rows.sort(key=lambda row: (variants.index(row["variant"]), row["epochs"], row["training_seed"]))
         else:

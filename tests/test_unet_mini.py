@@ -411,5 +411,4 @@ def test_networks_saved_without_a_head_load_as_they_were(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = MiniUNet2DModel.from_pretrained(tmp_path)
     assert loaded.head is None
-    # The place of the weights in memory may change the last bits.
-    torch.testing.assert_close(loaded(torch.ones(1, 1, 4, 4), 3).sample, unet.eval()(torch.ones(1, 1, 4, 4), 3).sample)
+    assert torch.equal(loaded(torch.ones(1, 1, 4, 4), 3).sample, unet.eval()(torch.ones(1, 1, 4, 4), 3).sample)
