@@ -94,7 +94,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of the machine that drew the images."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    return f"{platform.machine()} CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
